@@ -1,0 +1,1 @@
+"""A compiler that makes neural networks smaller and faster."""

@@ -1,0 +1,140 @@
+"""One view of an operation, whether it is written as a module call or as an ATen call.
+
+``operation(graph_module, node)`` gives the ATen overload, its named arguments and where its parameters live. Passes read
+this instead of telling ``call_module nn.Conv2d`` and ``call_function aten.conv2d`` apart themselves.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._ops import OpOverload
+
+from fxcompress.layers import layer_of
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An ATen call with named arguments.
+
+    Attributes:
+        node: The node in the graph.
+        overload: The ATen (or custom) overload that it calls.
+        arguments: Every argument of the schema by name, defaults filled in. A tensor operand is an ``fx.Node``; an
+            argument held in ``state`` is the ``torch.Tensor`` itself.
+        state: Argument name -> qualified name of the parameter or buffer it reads.
+        module: The called module, or ``None`` for an ATen call.
+    """
+
+    node: fx.Node
+    overload: OpOverload
+    arguments: Mapping[str, Any]
+    state: Mapping[str, str]
+    module: nn.Module | None
+
+    @property
+    def operands(self) -> dict[str, fx.Node]:
+        """Tensor arguments computed by other nodes (parameters left out)."""
+        return {name: value for name, value in self.arguments.items() if isinstance(value, fx.Node)}
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+    def parameter(self, name: str) -> torch.Tensor | None:
+        """The tensor that argument ``name`` reads straight from the model's state, or ``None``."""
+        return self.arguments[name] if name in self.state else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _signature(overload: OpOverload) -> tuple[tuple[str, Any], ...]:
+    return tuple((a.name, a.default_value if a.has_default_value() else None) for a in overload._schema.arguments)
+
+
+def bind(overload: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a call by schema name, with the schema's defaults filled in."""
+    signature = _signature(overload)
+    bound = dict(signature)
+    bound.update(zip((name for name, _ in signature), args, strict=False))
+    bound.update(kwargs)
+    return bound
+
+
+def get_state(root: nn.Module, name: str) -> torch.Tensor:
+    """The parameter or buffer at a qualified name."""
+    path, _, leaf = name.rpartition(".")
+    value = getattr(root.get_submodule(path), leaf)
+    if not isinstance(value, torch.Tensor):
+        raise AttributeError(f"{name!r} is not a tensor")
+    return value
+
+
+def set_state(root: nn.Module, name: str, value: torch.Tensor, *, persistent: bool = True) -> None:
+    """Puts a parameter or buffer at a qualified name, making empty containers on the way."""
+    path, _, leaf = name.rpartition(".")
+    owner = root
+    for part in path.split(".") if path else ():
+        if part not in owner._modules:
+            owner.add_module(part, nn.Module())
+        owner = owner.get_submodule(part)
+    if isinstance(value, nn.Parameter):
+        owner._buffers.pop(leaf, None)
+        owner.register_parameter(leaf, value)
+    else:
+        if leaf in owner._parameters:
+            del owner._parameters[leaf]
+        owner.register_buffer(leaf, value, persistent=persistent)
+
+
+def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Puts a module at a qualified name, keeping the children of what was there."""
+    owner = root
+    *parents, leaf = path.split(".")
+    for part in parents:
+        if part not in owner._modules:
+            owner.add_module(part, nn.Module())
+        owner = owner.get_submodule(part)
+    previous = owner._modules.get(leaf)
+    for name, child in previous._modules.items() if previous is not None else ():
+        if name not in module._modules:
+            module.add_module(name, child)
+    owner.add_module(leaf, module)
+
+
+def operation(graph_module: fx.GraphModule, node: fx.Node) -> Operation | None:
+    """The operation a node performs, or ``None`` for inputs, outputs, state reads and Python-level nodes."""
+    if node.op == "call_function" and isinstance(node.target, OpOverload):
+        arguments = bind(node.target, node.args, node.kwargs)
+        state = {}
+        for name, value in arguments.items():
+            if isinstance(value, fx.Node) and value.op == "get_attr":
+                state[name] = str(value.target)
+                arguments[name] = get_state(graph_module, str(value.target))
+        return Operation(node, node.target, arguments, state, None)
+    if node.op != "call_module":
+        return None
+    module = graph_module.get_submodule(str(node.target))
+    layer = layer_of(module)
+    if layer is None:
+        return None
+    state = {
+        argument: f"{node.target}.{name}" for argument, name in layer.state.items() if getattr(module, name) is not None
+    }
+    given = {argument: getattr(module, name) for argument, name in layer.state.items()}
+    operand = _signature(layer.overload)[0][0]
+    if layer.overload is torch.ops.aten.embedding.default:
+        operand = "indices"
+    arguments = bind(layer.overload, (), {**layer.arguments(module), **given, operand: node.args[0]})
+    return Operation(node, layer.overload, arguments, state, module)
+
+
+def operations(graph_module: fx.GraphModule) -> Iterator[Operation]:
+    """Every operation of a graph in execution order."""
+    for node in graph_module.graph.nodes:
+        found = operation(graph_module, node)
+        if found is not None:
+            yield found

@@ -1,0 +1,188 @@
+"""The Program: a model in normal form, with what is needed to run, check and report on it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+if TYPE_CHECKING:
+    from fxcompress.pass_base import Analysis
+
+CONSTANTS = "constants"
+"""Name of the submodule that holds folded constants as non-persistent buffers."""
+
+
+@dataclass(frozen=True)
+class Diagnostic:
+    """Something a user should know about how a model was read.
+
+    Attributes:
+        code: Stable kebab-case identifier, for example ``training-only``.
+        message: What was found and what follows from it.
+        path: Qualified module or parameter name it is about, if any.
+    """
+
+    code: str
+    message: str
+    path: str | None = None
+
+    def __str__(self) -> str:
+        where = f" [{self.path}]" if self.path else ""
+        return f"{self.code}{where}: {self.message}"
+
+
+@dataclass(frozen=True)
+class Interface:
+    """How callers call the model, kept apart from the flat graph.
+
+    Attributes:
+        args: Example positional inputs.
+        kwargs: Example keyword inputs.
+        in_spec: Tree of ``(args, kwargs)``; its leaves are the graph's placeholders in order.
+        out_spec: Tree of the output; its leaves are the graph's outputs in order.
+        names: Parameter name of each top-level input in call order.
+        dynamic: Leaf index -> dims whose size may change from call to call.
+        batch: Leaf index -> the batch dim, for leaves that have one.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    in_spec: TreeSpec
+    out_spec: TreeSpec
+    names: tuple[str, ...]
+    dynamic: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    batch: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def leaves(self) -> list[Any]:
+        """The example inputs, flat."""
+        return tree_flatten((self.args, self.kwargs))[0]
+
+    def resized(self, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The example inputs with ``batch`` rows, made by repeating rows."""
+        leaves = list(self.leaves)
+        for index, dim in self.batch.items():
+            rows = torch.arange(batch, device=leaves[index].device) % leaves[index].shape[dim]
+            leaves[index] = leaves[index].index_select(dim, rows)
+        args, kwargs = tree_unflatten(leaves, self.in_spec)
+        return args, kwargs
+
+    @property
+    def batch_size(self) -> int | None:
+        """Rows of the example inputs, or ``None`` when no input has a batch dim."""
+        leaves = self.leaves
+        return next((leaves[index].shape[dim] for index, dim in self.batch.items()), None)
+
+
+class Program:
+    """A model in normal form.
+
+    ``graph_module`` has one placeholder per input leaf and returns a flat tuple of output leaves; ``interface`` knows the
+    caller's structure. Weights are shared with the model it was traced from until a pass replaces them, so passes put new
+    tensors in place and never write into old ones. :meth:`emit` gives a module of the caller's structure with weights of
+    its own.
+    """
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        interface: Interface,
+        diagnostics: tuple[Diagnostic, ...] = (),
+        name: str = "Model",
+    ) -> None:
+        self.graph_module = graph_module
+        self.interface = interface
+        self.diagnostics = list(diagnostics)
+        self.name = name
+        self._analyses: dict[Analysis[Any], Any] = {}
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.graph_module.graph
+
+    @property
+    def nodes(self) -> Iterator[fx.Node]:
+        return iter(self.graph_module.graph.nodes)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the Program with the caller's inputs and gives the caller's output structure."""
+        leaves = self.flatten_inputs(args, kwargs)
+        return tree_unflatten(list(self.graph_module(*leaves)), self.interface.out_spec)
+
+    def flatten_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """The leaves of a call, in placeholder order; raises :class:`InputError` if the structure differs."""
+        from fxcompress.tracing.inputs import flatten_call
+
+        return flatten_call(self.interface, args, kwargs)
+
+    def copy(self) -> Program:
+        """A Program with a graph and module shells of its own that shares every tensor with this one."""
+        shells: dict[int, nn.Module] = {}
+        clone = fx.GraphModule(_shell(self.graph_module, shells, root=True), _copy_graph(self.graph_module.graph))
+        _restore_state(clone, self.graph_module, shells)
+        program = Program(clone, self.interface, tuple(self.diagnostics), self.name)
+        program._analyses = dict(self._analyses)
+        return program
+
+    def emit(self) -> fx.GraphModule:
+        """A trainable, picklable ``torch.fx.GraphModule`` with the caller's signature and weights of its own."""
+        from fxcompress.emit import emit
+
+        return emit(self)
+
+    def analyze(self, analysis: Analysis[Any] | str) -> Any:
+        """The value of an analysis, computed once and kept until a transform drops it."""
+        from fxcompress.analysis import analyze
+
+        return analyze(self, analysis)
+
+    def text(self) -> str:
+        """The graph as stable, readable text, one node a line."""
+        from fxcompress.printer import program_text
+
+        return program_text(self)
+
+    def __repr__(self) -> str:
+        calls = sum(node.op in ("call_module", "call_function") for node in self.nodes)
+        parameters = {id(p): p.numel() for p in self.graph_module.parameters()}
+        return f"Program({self.name}: {calls} operations, {sum(parameters.values()) / 1e6:.3f} M parameters)"
+
+
+def _copy_graph(graph: fx.Graph) -> fx.Graph:
+    clone = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    result = clone.graph_copy(graph, mapping)
+    output = clone.output(result)
+    output.meta = copy.copy(graph.output_node().meta)
+    return clone
+
+
+def _shell(module: nn.Module, shells: dict[int, nn.Module], *, root: bool = False) -> nn.Module:
+    """A module object of its own around the same tensors; a module seen twice gives the same shell."""
+    if id(module) in shells:
+        return shells[id(module)]
+    shell = nn.Module() if root else module.__new__(type(module))
+    if not root:
+        shell.__dict__ = {k: copy.copy(v) if isinstance(v, (dict, set)) else v for k, v in module.__dict__.items()}
+    shells[id(module)] = shell
+    for key in ("_parameters", "_buffers"):
+        shell.__dict__[key] = dict(module.__dict__[key])
+    shell.__dict__["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
+    shell.__dict__["_modules"] = {
+        name: None if child is None else _shell(child, shells) for name, child in module._modules.items()
+    }
+    return shell
+
+
+def _restore_state(clone: fx.GraphModule, original: fx.GraphModule, shells: dict[int, nn.Module]) -> None:
+    """Takes over the whole module tree: ``fx.GraphModule`` keeps only what the graph names, without aliases."""
+    root = shells[id(original)]
+    for key in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        clone.__dict__[key] = root.__dict__[key]
+    clone.train(original.training)
