@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class FxCompressError(Exception):
     """Root of every error this library raises on purpose."""
@@ -48,4 +51,12 @@ class PipelineError(InputError):
         self.text = text
         self.position = position
         self.reason = reason
-        super().__init__(f"{reason}\n  {text}\n  {' ' * position}^")
+        start = text.rfind("\n", 0, position) + 1
+        line = text[start:].partition("\n")[0].replace("\t", " ")
+        super().__init__(f"{reason}\n  {line}\n  {' ' * (position - start)}^")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of an error message that names what was probably meant, or an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=3)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""

@@ -117,8 +117,14 @@ def _linear() -> Layer:
         out_features, in_features = call["weight"].shape
         return nn.Linear(in_features, out_features, bias=call["bias"] is not None, device="meta")
 
-    return Layer(nn.Linear, aten.linear.default, WEIGHT_BIAS, build, lambda linear: {},
-                 accepts=lambda call: call["weight"].dim() == 2)
+    return Layer(
+        nn.Linear,
+        aten.linear.default,
+        WEIGHT_BIAS,
+        build,
+        lambda linear: {},
+        accepts=lambda call: call["weight"].dim() == 2,
+    )
 
 
 def _batch_norm(module: type[nn.Module], ranks: tuple[int, ...]) -> Layer:
@@ -144,8 +150,16 @@ def _batch_norm(module: type[nn.Module], ranks: tuple[int, ...]) -> Layer:
         affine = (call["weight"] is None) == (call["bias"] is None)
         return affine and call["input"].dim() in ranks and call["training"] == (call["running_mean"] is None)
 
-    return Layer(module, aten.batch_norm.default, _NORM_STATE, build, arguments,
-                 extra_state=("num_batches_tracked",), training=("training",), accepts=accepts)
+    return Layer(
+        module,
+        aten.batch_norm.default,
+        _NORM_STATE,
+        build,
+        arguments,
+        extra_state=("num_batches_tracked",),
+        training=("training",),
+        accepts=accepts,
+    )
 
 
 def _instance_norm(module: type[nn.Module], rank: int) -> Layer:
@@ -170,18 +184,34 @@ def _instance_norm(module: type[nn.Module], rank: int) -> Layer:
     def accepts(call: Attributes) -> bool:
         return call["input"].dim() == rank and call["use_input_stats"] == (call["running_mean"] is None)
 
-    return Layer(module, aten.instance_norm.default, _NORM_STATE, build, arguments,
-                 extra_state=("num_batches_tracked",), training=("use_input_stats",), accepts=accepts)
+    return Layer(
+        module,
+        aten.instance_norm.default,
+        _NORM_STATE,
+        build,
+        arguments,
+        extra_state=("num_batches_tracked",),
+        training=("use_input_stats",),
+        accepts=accepts,
+    )
 
 
 def _layer_norm() -> Layer:
     def build(call: Attributes) -> nn.Module:
         affine = call["weight"] is not None
-        return nn.LayerNorm(call["normalized_shape"], eps=call["eps"], elementwise_affine=affine,
-                            bias=call["bias"] is not None, device="meta")
+        return nn.LayerNorm(
+            call["normalized_shape"],
+            eps=call["eps"],
+            elementwise_affine=affine,
+            bias=call["bias"] is not None,
+            device="meta",
+        )
 
     return Layer(
-        nn.LayerNorm, aten.layer_norm.default, WEIGHT_BIAS, build,
+        nn.LayerNorm,
+        aten.layer_norm.default,
+        WEIGHT_BIAS,
+        build,
         lambda norm: {"normalized_shape": list(norm.normalized_shape), "eps": norm.eps, "cudnn_enable": True},
         accepts=lambda call: call["weight"] is not None or call["bias"] is None,
     )
@@ -189,20 +219,34 @@ def _layer_norm() -> Layer:
 
 def _rms_norm() -> Layer:
     def build(call: Attributes) -> nn.Module:
-        return nn.RMSNorm(call["normalized_shape"], eps=call["eps"], elementwise_affine=call["weight"] is not None,
-                          device="meta")
+        return nn.RMSNorm(
+            call["normalized_shape"], eps=call["eps"], elementwise_affine=call["weight"] is not None, device="meta"
+        )
 
-    return Layer(nn.RMSNorm, aten.rms_norm.default, {"weight": "weight"}, build,
-                 lambda norm: {"normalized_shape": list(norm.normalized_shape), "eps": norm.eps})
+    return Layer(
+        nn.RMSNorm,
+        aten.rms_norm.default,
+        {"weight": "weight"},
+        build,
+        lambda norm: {"normalized_shape": list(norm.normalized_shape), "eps": norm.eps},
+    )
 
 
 def _group_norm() -> Layer:
     def build(call: Attributes) -> nn.Module:
-        return nn.GroupNorm(call["num_groups"], call["input"].shape[1], eps=call["eps"],
-                            affine=call["weight"] is not None, device="meta")
+        return nn.GroupNorm(
+            call["num_groups"],
+            call["input"].shape[1],
+            eps=call["eps"],
+            affine=call["weight"] is not None,
+            device="meta",
+        )
 
     return Layer(
-        nn.GroupNorm, aten.group_norm.default, WEIGHT_BIAS, build,
+        nn.GroupNorm,
+        aten.group_norm.default,
+        WEIGHT_BIAS,
+        build,
         lambda norm: {"num_groups": norm.num_groups, "eps": norm.eps, "cudnn_enabled": True},
         accepts=lambda call: (call["weight"] is None) == (call["bias"] is None),
     )
@@ -212,8 +256,14 @@ def _embedding() -> Layer:
     def build(call: Attributes) -> nn.Module:
         rows, columns = call["weight"].shape
         padding = call["padding_idx"]
-        return nn.Embedding(rows, columns, padding_idx=None if padding == -1 else padding,
-                            scale_grad_by_freq=call["scale_grad_by_freq"], sparse=call["sparse"], device="meta")
+        return nn.Embedding(
+            rows,
+            columns,
+            padding_idx=None if padding == -1 else padding,
+            scale_grad_by_freq=call["scale_grad_by_freq"],
+            sparse=call["sparse"],
+            device="meta",
+        )
 
     def arguments(embedding: nn.Embedding) -> dict[str, Any]:
         padding = embedding.padding_idx
@@ -223,20 +273,35 @@ def _embedding() -> Layer:
             "sparse": embedding.sparse,
         }
 
-    return Layer(nn.Embedding, aten.embedding.default, {"weight": "weight"}, build, arguments,
-                 accepts=lambda call: call["weight"].dim() == 2)
+    return Layer(
+        nn.Embedding,
+        aten.embedding.default,
+        {"weight": "weight"},
+        build,
+        arguments,
+        accepts=lambda call: call["weight"].dim() == 2,
+    )
 
 
 def _prelu() -> Layer:
-    return Layer(nn.PReLU, aten.prelu.default, {"weight": "weight"},
-                 lambda call: nn.PReLU(call["weight"].numel(), device="meta"), lambda prelu: {},
-                 accepts=lambda call: call["weight"].dim() == 1)
+    return Layer(
+        nn.PReLU,
+        aten.prelu.default,
+        {"weight": "weight"},
+        lambda call: nn.PReLU(call["weight"].numel(), device="meta"),
+        lambda prelu: {},
+        accepts=lambda call: call["weight"].dim() == 1,
+    )
 
 
 def _dropout(module: type[nn.Module], overload: OpOverload, ranks: tuple[int, ...] | None = None) -> Layer:
     return Layer(
-        module, overload, {}, lambda call: module(p=call["p"]),
-        lambda dropout: {"p": dropout.p, "train": dropout.training}, training=("train",),
+        module,
+        overload,
+        {},
+        lambda call: module(p=call["p"]),
+        lambda dropout: {"p": dropout.p, "train": dropout.training},
+        training=("train",),
         accepts=lambda call: not call["train"] and (ranks is None or call["input"].dim() in ranks),
     )
 

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
+from fxcompress.options import freeze_options
+
 if TYPE_CHECKING:
     from fxcompress.program import Program
     from fxcompress.task import Task
@@ -66,6 +68,10 @@ class Pass(ABC):
     name: ClassVar[str]
     requires: ClassVar[tuple[str, ...]] = ()
 
+    def __post_init__(self) -> None:
+        """Checks the options' types and freezes lists and dicts; a subclass that checks ranges calls this first."""
+        freeze_options(self)
+
     def __str__(self) -> str:
         from fxcompress.pipeline import pass_text
 
@@ -100,6 +106,5 @@ class Transform(Pass):
 
 def describe(value: Any) -> str:
     """First line of a pass's docstring."""
-    return (type(value).__doc__ or "").strip().splitlines()[0] if not isinstance(value, type) else (
-        value.__doc__ or ""
-    ).strip().splitlines()[0]
+    documented = value if isinstance(value, type) else type(value)
+    return (documented.__doc__ or "").strip().partition("\n")[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -123,9 +123,7 @@ class Program:
 
     def copy(self) -> Program:
         """A Program with a graph and module shells of its own that shares every tensor with this one."""
-        shells: dict[int, nn.Module] = {}
-        clone = fx.GraphModule(_shell(self.graph_module, shells, root=True), _copy_graph(self.graph_module.graph))
-        _restore_state(clone, self.graph_module, shells)
+        clone = clone_graph_module(self.graph_module, _copy_graph(self.graph_module.graph), lambda tensor: tensor)
         program = Program(clone, self.interface, tuple(self.diagnostics), self.name)
         program._analyses = dict(self._analyses)
         return program
@@ -163,26 +161,47 @@ def _copy_graph(graph: fx.Graph) -> fx.Graph:
     return clone
 
 
-def _shell(module: nn.Module, shells: dict[int, nn.Module], *, root: bool = False) -> nn.Module:
-    """A module object of its own around the same tensors; a module seen twice gives the same shell."""
-    if id(module) in shells:
-        return shells[id(module)]
-    shell = nn.Module() if root else module.__new__(type(module))
-    if not root:
-        shell.__dict__ = {k: copy.copy(v) if isinstance(v, (dict, set)) else v for k, v in module.__dict__.items()}
-    shells[id(module)] = shell
-    for key in ("_parameters", "_buffers"):
-        shell.__dict__[key] = dict(module.__dict__[key])
-    shell.__dict__["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
-    shell.__dict__["_modules"] = {
-        name: None if child is None else _shell(child, shells) for name, child in module._modules.items()
-    }
-    return shell
+def clone_graph_module(
+    source: fx.GraphModule,
+    graph: fx.Graph,
+    take: Callable[[torch.Tensor], torch.Tensor],
+    extra: Mapping[str, nn.Module] | None = None,
+) -> fx.GraphModule:
+    """A ``GraphModule`` for ``graph`` with module objects of its own, and the tensors that ``take`` gives for the old ones.
 
+    What is shared stays shared; ``extra`` modules are added by name. ``fx.GraphModule`` alone would keep only the state
+    that the graph names.
+    """
+    tensors: dict[int, torch.Tensor] = {}
+    modules: dict[int, nn.Module] = {}
 
-def _restore_state(clone: fx.GraphModule, original: fx.GraphModule, shells: dict[int, nn.Module]) -> None:
-    """Takes over the whole module tree: ``fx.GraphModule`` keeps only what the graph names, without aliases."""
-    root = shells[id(original)]
-    for key in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-        clone.__dict__[key] = root.__dict__[key]
-    clone.train(original.training)
+    def tensor_of(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        if tensor is None:
+            return None
+        if id(tensor) not in tensors:
+            tensors[id(tensor)] = take(tensor)
+        return tensors[id(tensor)]
+
+    def shell(module: nn.Module) -> nn.Module:
+        if id(module) not in modules:
+            made = nn.Module() if module is source else module.__new__(type(module))
+            modules[id(module)] = made
+            if module is not source:
+                made.__dict__ = {
+                    k: copy.copy(v) if isinstance(v, (dict, set)) else v for k, v in module.__dict__.items()
+                }
+            made.__dict__["_parameters"] = {name: tensor_of(tensor) for name, tensor in module._parameters.items()}
+            made.__dict__["_buffers"] = {name: tensor_of(tensor) for name, tensor in module._buffers.items()}
+            made.__dict__["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
+            made.__dict__["_modules"] = {
+                name: child if child is None else shell(child) for name, child in module._modules.items()
+            }
+        return modules[id(module)]
+
+    root = shell(source)
+    root._modules.update(extra or {})
+    clone = fx.GraphModule(root, graph)
+    for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        clone.__dict__[table] = root.__dict__[table]
+    clone.training = source.training
+    return clone

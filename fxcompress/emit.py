@@ -1,0 +1,124 @@
+"""Emit: a Program as a plain ``torch.fx.GraphModule`` with the caller's signature."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from fxcompress.program import Interface, Program, clone_graph_module
+
+STRUCTURE = "structure"
+"""Prefix of the submodules that pack and unpack structures Python has no literal for (dataclasses)."""
+
+
+class Unpack(nn.Module):
+    """Gives the leaves of one structured input."""
+
+    def __init__(self, spec: TreeSpec) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def forward(self, value: Any) -> list[Any]:
+        leaves, spec = tree_flatten(value)
+        if spec.num_leaves != self.spec.num_leaves:
+            raise TypeError(f"expected an input of structure {self.spec}, got {spec}")
+        return leaves
+
+
+class Pack(nn.Module):
+    """Builds the output structure from its leaves."""
+
+    def __init__(self, spec: TreeSpec) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def forward(self, *leaves: Any) -> Any:
+        return tree_unflatten(list(leaves), self.spec)
+
+
+def emit(program: Program) -> fx.GraphModule:
+    """A trainable module with the caller's signature and weights of its own, in eval mode.
+
+    It needs none of the user's classes (but those of a dataclass output), and can be trained, deep-copied, pickled,
+    exported and compiled.
+    """
+    source = program.graph_module
+    graph = fx.Graph()
+    structures: dict[str, nn.Module] = {}
+    values = _placeholders(graph, program, structures)
+    for node in source.graph.nodes:
+        if node.op not in ("placeholder", "output"):
+            values[node] = graph.node_copy(node, lambda operand: values[operand])
+            values[node].meta = {key: node.meta[key] for key in ("stack_trace",) if key in node.meta}
+    leaves = fx.node.map_arg(source.graph.output_node().args[0], lambda node: values[node])
+    graph.output(_output(graph, program.interface.out_spec, list(leaves), structures))
+    return clone_graph_module(
+        source, graph, copy.deepcopy, {name: module.eval() for name, module in structures.items()}
+    )
+
+
+def _placeholders(graph: fx.Graph, program: Program, structures: dict[str, nn.Module]) -> dict[fx.Node, fx.Node]:
+    """One placeholder for each of the caller's inputs; structured inputs are taken apart."""
+    interface = program.interface
+    flat = [node for node in program.nodes if node.op == "placeholder"]
+    specs = _top_level_specs(interface)
+    values: dict[fx.Node, fx.Node] = {}
+    position = 0
+    top: list[tuple[fx.Node, TreeSpec, int]] = []
+    for name, spec in zip(interface.names, specs, strict=True):
+        leaf = interface.leaves[position] if spec.is_leaf() else None
+        default: tuple[Any, ...] = (leaf,) if spec.is_leaf() and not isinstance(leaf, torch.Tensor) else ()
+        top.append(
+            (graph.placeholder(name, default_value=default[0]) if default else graph.placeholder(name), spec, position)
+        )
+        position += spec.num_leaves
+    for node, spec, start in top:
+        for offset, value in enumerate(_take_apart(graph, node, spec, structures)):
+            values[flat[start + offset]] = value
+    return values
+
+
+def _top_level_specs(interface: Interface) -> list[TreeSpec]:
+    args, kwargs = _children(interface.in_spec)
+    return [*_children(args), *_children(kwargs)]
+
+
+def _children(spec: TreeSpec) -> list[TreeSpec]:
+    return list(spec.children()) if callable(getattr(spec, "children", None)) else list(spec.children_specs)
+
+
+def _take_apart(graph: fx.Graph, node: fx.Node, spec: TreeSpec, structures: dict[str, nn.Module]) -> list[fx.Node]:
+    if spec.is_leaf():
+        return [node]
+    if spec.type in (tuple, list, dict):
+        keys = spec.context if spec.type is dict else range(len(_children(spec)))
+        parts = []
+        for key, child in zip(keys, _children(spec), strict=True):
+            parts += _take_apart(graph, graph.call_function(operator.getitem, (node, key)), child, structures)
+        return parts
+    name = f"{STRUCTURE}_{len(structures)}"
+    structures[name] = Unpack(spec)
+    leaves = graph.call_module(name, (node,))
+    return [graph.call_function(operator.getitem, (leaves, index)) for index in range(spec.num_leaves)]
+
+
+def _output(graph: fx.Graph, spec: TreeSpec, leaves: list[Any], structures: dict[str, nn.Module]) -> Any:
+    if spec.is_leaf():
+        return leaves[0]
+    if spec.type not in (tuple, list, dict):
+        name = f"{STRUCTURE}_{len(structures)}"
+        structures[name] = Pack(spec)
+        return graph.call_module(name, tuple(leaves))
+    parts = []
+    position = 0
+    for child in _children(spec):
+        parts.append(_output(graph, child, leaves[position : position + child.num_leaves], structures))
+        position += child.num_leaves
+    if spec.type is dict:
+        return dict(zip(spec.context, parts, strict=True))
+    return spec.type(parts)

@@ -1,0 +1,211 @@
+"""Numeric verification: what a Program computes, against the model it came from or the Program before a pass."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from fxcompress.errors import VerificationError
+from fxcompress.program import Interface, Program
+from fxcompress.tracing.untouched import seeded
+
+EXACT_TOLERANCE = 1e-9
+"""Largest error of an exact rewrite, computed in float64, relative to the largest reference value."""
+
+_ULPS = 64
+_WORST_RELATIVE = 0.02
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Difference between two runs.
+
+    Attributes:
+        max_abs_error: Largest absolute difference over all outputs.
+        max_rel_error: The same, relative to the largest reference magnitude of its output.
+        sqnr_db: Signal to quantization-noise ratio in dB, ``inf`` when bit-equal.
+        exact: Whether all outputs are bit-equal.
+    """
+
+    max_abs_error: float
+    max_rel_error: float
+    sqnr_db: float
+    exact: bool
+
+    def __str__(self) -> str:
+        return "bit-equal" if self.exact else f"max rel error {self.max_rel_error:.2e}, SQNR {self.sqnr_db:.1f} dB"
+
+
+def compare(before: Program, after: Program) -> Comparison:
+    """How much two Programs of one interface differ on the example inputs, at two batch sizes.
+
+    Raises:
+        VerificationError: The outputs differ in number, shape or dtype, or ``after`` gives NaN where ``before`` does not.
+    """
+    found = [compare_outputs(_run(before, leaves), _run(after, leaves)) for leaves in _input_sets(before.interface)]
+    return worst(found)
+
+
+def check_exact(before: Program, after: Program) -> Comparison:
+    """Like :func:`compare`, for a rewrite that must not change the output.
+
+    A difference in the model's own precision is computed again in float64, where rounding cannot explain it away.
+
+    Raises:
+        VerificationError: The outputs differ by more than rounding in float64.
+    """
+    native = compare(before, after)
+    if native.exact:
+        return native
+    for leaves in _input_sets(before.interface):
+        double = compare_outputs(_Float64(before).run(*leaves), _Float64(after).run(*leaves))
+        if not double.max_rel_error <= EXACT_TOLERANCE:
+            raise VerificationError(
+                f"the rewrite must be exact, but changes the output by {double.max_rel_error:.2e} of its largest value in "
+                f"float64 (allowed: {EXACT_TOLERANCE:.0e}; batch {_rows(before.interface, leaves)})"
+            )
+    return native
+
+
+def check_against_model(program: Program, model: nn.Module, reference: Any) -> None:
+    """Compares a traced Program with the model itself, at the traced batch and at another.
+
+    Args:
+        program: The traced Program.
+        model: The model, in eval mode.
+        reference: The model's output on the example inputs.
+
+    Raises:
+        VerificationError: Outputs differ by more than the rounding of their dtype.
+    """
+    interface = program.interface
+    _check_rounding(program, interface.leaves, reference, "the traced batch")
+    rows = interface.batch_size
+    if rows is not None:
+        args, kwargs = interface.resized(rows + 1)
+        with torch.no_grad(), seeded():
+            other = model(*args, **kwargs)
+        _check_rounding(program, tree_flatten((args, kwargs))[0], other, f"batch {rows + 1}")
+
+
+def _check_rounding(program: Program, leaves: list[Any], reference: Any, where: str) -> None:
+    expected = tree_flatten(reference)[0]
+    found = compare_outputs(expected, _run(program, leaves))
+    eps = max((torch.finfo(t.dtype).eps for t in expected if _floating(t)), default=0.0)
+    allowed = min(_ULPS * eps, _WORST_RELATIVE)
+    if not found.max_rel_error <= allowed:
+        raise VerificationError(
+            f"the traced Program differs from {program.name} at {where} by {found.max_rel_error:.2e} of the largest output "
+            f"(allowed: {allowed:.2e}); the model may be random in eval mode or depend on the batch size"
+        )
+
+
+def _floating(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def _run(program: Program, leaves: list[Any]) -> list[Any]:
+    with torch.no_grad(), seeded():
+        return list(program.graph_module(*leaves))
+
+
+def _input_sets(interface: Interface) -> list[list[Any]]:
+    rows = interface.batch_size
+    sets = [interface.leaves]
+    if rows is not None:
+        sets.append(tree_flatten(interface.resized(rows + 1))[0])
+    return sets
+
+
+def _rows(interface: Interface, leaves: list[Any]) -> int | None:
+    return next((leaves[index].shape[dim] for index, dim in interface.batch.items()), None)
+
+
+def compare_outputs(expected: list[Any], found: list[Any]) -> Comparison:
+    """Compares two flat lists of outputs; a difference in structure, shape or dtype is an error."""
+    if len(expected) != len(found):
+        raise VerificationError(f"{len(found)} outputs where {len(expected)} are expected")
+    return worst([_leaf(i, a, b) for i, (a, b) in enumerate(zip(expected, found, strict=True))])
+
+
+def worst(parts: list[Comparison]) -> Comparison:
+    """The largest errors of several comparisons."""
+    return Comparison(
+        max((part.max_abs_error for part in parts), default=0.0),
+        max((part.max_rel_error for part in parts), default=0.0),
+        min((part.sqnr_db for part in parts), default=math.inf),
+        all(part.exact for part in parts),
+    )
+
+
+def _leaf(index: int, a: Any, b: Any) -> Comparison:
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        if type(a) is not type(b) or a != b:
+            raise VerificationError(f"output {index} is {b!r} where {a!r} is expected")
+        return Comparison(0.0, 0.0, math.inf, True)
+    if a.shape != b.shape or a.dtype != b.dtype:
+        raise VerificationError(
+            f"output {index} is {b.dtype} {tuple(b.shape)} where {a.dtype} {tuple(a.shape)} is expected"
+        )
+    if torch.equal(a, b):
+        return Comparison(0.0, 0.0, math.inf, True)
+    if not _floating(a):
+        raise VerificationError(f"output {index} ({a.dtype}) differs in {int((a != b).sum())} of {a.numel()} elements")
+    wide = torch.complex128 if a.is_complex() else torch.float64
+    same = (a == b) | (torch.isnan(a) & torch.isnan(b))  # infinities of masks compare equal, not by difference
+    a, b = torch.where(same, 0, a.to(wide)), torch.where(same, 0, b.to(wide))
+    if not bool(torch.isfinite(b).all()):
+        raise VerificationError(f"output {index} holds NaN or Inf where the reference is finite")
+    if same.all():
+        return Comparison(0.0, 0.0, math.inf, True)
+    noise, scale = (a - b).abs(), a.abs().max().item()
+    error = noise.max().item()
+    signal, power = a.abs().square().sum().item(), noise.square().sum().item()
+    sqnr = 10 * math.log10(signal / power) if signal > 0 and power > 0 else -math.inf
+    return Comparison(error, error / scale if scale > 0 else math.inf, sqnr, False)
+
+
+_WIDER = {
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.float32: torch.float64,
+    torch.complex64: torch.complex128,
+}
+
+
+def _widen(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(_WIDER.get(value.dtype, value.dtype))
+    return _WIDER.get(value, value) if isinstance(value, torch.dtype) else value
+
+
+class _Float64(fx.Interpreter):
+    """Runs a Program in float64, widening each weight as it is read, so that no second copy of the weights exists."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program.graph_module)
+
+    def run(self, *leaves: Any) -> list[Any]:  # type: ignore[override]
+        with torch.no_grad(), seeded():
+            return list(super().run(*tree_map(_widen, leaves)))
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return _widen(super().get_attr(target, args, kwargs))
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        args, kwargs = tree_map(_widen, (args, kwargs))
+        return _widen_result(super().call_function(target, args, kwargs))
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        module = self.fetch_attr(target)
+        state = {name: _widen(tensor) for name, tensor in module.state_dict(keep_vars=True).items()}
+        return torch.func.functional_call(module, state, args, kwargs)
+
+
+def _widen_result(result: Any) -> Any:
+    return tree_map(_widen, result)

@@ -1,0 +1,297 @@
+"""In-place operations become functional, with every alias of the written tensor brought up to date.
+
+A write through a view (``x[:, 1:] += y``) becomes a functional operation whose result is scattered back into the tensors
+it was a view of, and other views that are read later are taken again from the new value. This is what
+``torch.func.functionalize`` does while tracing; doing it on the graph keeps dropout, batch norm and the module paths that a
+second trace would lose.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from fxcompress.errors import CaptureError
+from fxcompress.ops import bind
+
+aten = torch.ops.aten
+
+
+def functionalize(graph_module: fx.GraphModule) -> None:
+    """Removes every in-place operation from a graph.
+
+    Raises:
+        CaptureError: A write has no functional form, or changes the model's own state.
+    """
+    rewriter = _Functionalizer(graph_module.graph)
+    for node in list(graph_module.graph.nodes):
+        rewriter.visit(node)
+
+
+def is_mutating(node: fx.Node) -> bool:
+    """Whether a node writes into one of its operands."""
+    return node.op == "call_function" and isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+
+
+class _Functionalizer:
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.order = {node: index for index, node in enumerate(graph.nodes)}
+        self.parent: dict[fx.Node, fx.Node] = {}
+        self.views: dict[fx.Node, list[fx.Node]] = {}
+
+    def visit(self, node: fx.Node) -> None:
+        if is_mutating(node):
+            self._rewrite(node)
+            return
+        source = _viewed(node)
+        if source is not None:
+            self.parent[node] = source
+            self.views.setdefault(source, []).append(node)
+
+    def _rewrite(self, node: fx.Node) -> None:
+        target = node.args[0]
+        if not isinstance(target, fx.Node):
+            raise CaptureError(f"{node.target} writes into a list of tensors, which has no functional form here")
+        now = self.order[node]
+        with self.graph.inserting_before(node):
+            value = _functional(self.graph, node, target)
+        root, path = self._path(target)
+        if root.op == "get_attr" and not _is_constant(root):
+            raise CaptureError(
+                f"the model writes into its own state {root.target!r} in eval mode; a Program is a pure function: pass the "
+                "state as an input, or use fxcompress.trace_islands"
+            )
+        node.replace_all_uses_with(value)
+        self.order[value] = now
+        aliases = [alias for alias in self._family(root) if alias is not target and self._read_after(alias, now)]
+        versions = {target: value}
+        if aliases:
+            with self.graph.inserting_before(node):
+                self._scatter(path, versions)
+                self._retake(root, aliases, versions)
+        for old, new in versions.items():
+            self._move_later_uses(old, new, now)
+        self.graph.erase_node(node)
+
+    def _path(self, node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+        """The tensor that owns the memory, and the views from ``node`` up to (without) it."""
+        path = []
+        while node in self.parent:
+            path.append(node)
+            node = self.parent[node]
+        return node, path
+
+    def _family(self, root: fx.Node) -> list[fx.Node]:
+        members, pending = [], [root]
+        while pending:
+            member = pending.pop()
+            members.append(member)
+            pending += self.views.get(member, [])
+        return members
+
+    def _read_after(self, node: fx.Node, now: int) -> bool:
+        return (
+            any(self.order.get(user, now) > now and _viewed(user) is None for user in node.users)
+            or any(self.order.get(view, now) > now for view in self.views.get(node, []))
+            or any(self.order.get(user, now) > now for user in node.users)
+        )
+
+    def _scatter(self, path: list[fx.Node], versions: dict[fx.Node, fx.Node]) -> None:
+        for view in path:
+            parent = self.parent[view]
+            made = _scatter_into(self.graph, view, parent, versions[view])
+            made.meta = dict(parent.meta)
+            versions[parent] = made
+
+    def _retake(self, root: fx.Node, aliases: list[fx.Node], versions: dict[fx.Node, fx.Node]) -> None:
+        """Other views that are read later are taken again from the new value."""
+        wanted: dict[fx.Node, None] = {}
+        for alias in aliases:
+            _, path = self._path(alias)
+            wanted.update(dict.fromkeys(path))
+        for view in sorted(wanted, key=lambda node: self.order[node]):
+            if view not in versions:
+                source = self.parent[view]
+                again = self.graph.node_copy(
+                    view, lambda operand, source=source: versions[source] if operand is source else operand
+                )
+                again.meta = dict(view.meta)
+                versions[view] = again
+
+    def _move_later_uses(self, old: fx.Node, new: fx.Node, now: int) -> None:
+        self.order[new] = now
+        old.replace_all_uses_with(
+            new, delete_user_cb=lambda user: self.order.get(user, now) > now, propagate_meta=False
+        )
+        for view in [view for view in self.views.get(old, []) if self.order[view] > now]:
+            self.views[old].remove(view)
+        if old in self.parent:
+            parent = self.parent[old]
+            self.parent[new] = parent
+            self.views[parent].append(new)
+
+
+def _is_constant(node: fx.Node) -> bool:
+    from fxcompress.program import CONSTANTS
+
+    return str(node.target).startswith(CONSTANTS + ".")
+
+
+def _viewed(node: fx.Node) -> fx.Node | None:
+    """The node whose memory this one shares, by schema and (where the schema says "maybe") by storage."""
+    if node.op != "call_function":
+        return None
+    if node.target is operator.getitem:
+        source = node.args[0]
+        return source if isinstance(source, fx.Node) and _viewed(source) is not None else None
+    if not isinstance(node.target, OpOverload) or node.target._schema.is_mutable or not node.args:
+        return None
+    first = node.target._schema.arguments[0]
+    source = node.args[0]
+    if first.alias_info is None or not isinstance(source, fx.Node):
+        return None
+    ours, theirs = node.meta.get("val"), source.meta.get("val")
+    if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor):
+        return source if ours.untyped_storage()._cdata == theirs.untyped_storage()._cdata else None
+    return source
+
+
+def _functional(graph: fx.Graph, node: fx.Node, target: fx.Node) -> fx.Node:
+    overload = node.target
+    assert isinstance(overload, OpOverload)
+    name = overload._schema.name.split("::")[1]
+    if name == "copy_":
+        value = _copied(graph, target, node.args[1])
+    elif name == "zero_":
+        value = graph.call_function(aten.zeros_like.default, (target,))
+    else:
+        namespace = getattr(torch.ops, overload.namespace)
+        plain = "__" + name[3:] if name.startswith("__i") else name.rstrip("_")
+        functional = getattr(getattr(namespace, plain, None), overload._overloadname, None)
+        if functional is None or functional._schema.is_mutable:
+            raise CaptureError(f"{overload} writes in place and has no functional form; rewrite it out of place")
+        value = graph.call_function(functional, node.args, node.kwargs)
+    value.meta = dict(node.meta)
+    kept = node.meta["val"].dtype
+    operands = [n.meta["val"].dtype for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    if name != "copy_" and any(dtype != kept for dtype in operands):
+        converted = graph.call_function(aten.to.dtype, (value, kept))
+        converted.meta = dict(node.meta)
+        return converted
+    return value
+
+
+def _copied(graph: fx.Graph, target: fx.Node, source: Any) -> fx.Node:
+    """The value of ``target`` after ``target.copy_(source)``: the source in the target's shape and dtype."""
+    ours, theirs = target.meta["val"], source.meta["val"]
+    value: fx.Node = source
+    if theirs.dtype != ours.dtype:
+        value = graph.call_function(aten.to.dtype, (value, ours.dtype))
+        value.meta = dict(source.meta, val=theirs.to(ours.dtype))
+    if not same_shape(ours, theirs):
+        value = graph.call_function(aten.expand.default, (value, sizes(graph, target)))
+    elif value is source:
+        value = graph.call_function(aten.clone.default, (value,))
+    return value
+
+
+def same_shape(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two (possibly symbolic) shapes are known to be equal."""
+    return left.dim() == right.dim() and all(
+        statically_known_true(a == b) for a, b in zip(left.shape, right.shape, strict=True)
+    )
+
+
+def sizes(graph: fx.Graph, node: fx.Node) -> list[Any]:
+    """The shape of a node as literals, with size nodes for dims that are dynamic."""
+    shape: list[Any] = []
+    for dim, size in enumerate(node.meta["val"].shape):
+        if isinstance(size, torch.SymInt):
+            read = graph.call_function(aten.sym_size.int, (node, dim))
+            read.meta["val"] = size
+            shape.append(read)
+        else:
+            shape.append(size)
+    return shape
+
+
+def _scatter_into(graph: fx.Graph, view: fx.Node, parent: fx.Node, value: fx.Node) -> fx.Node:
+    """The new value of ``parent`` after its view ``view`` took ``value``."""
+    if view.target is operator.getitem:
+        raise CaptureError(f"a part of {parent.target} is written in place; rewrite it out of place")
+    assert isinstance(view.target, OpOverload)
+    call = bind(view.target, view.args, view.kwargs)
+    inverse = _INVERSES.get(view.target)
+    if inverse is None:
+        raise CaptureError(f"a write through the view {view.target} has no functional form; rewrite it out of place")
+    return inverse(graph, parent, value, call)
+
+
+Inverse = Callable[[fx.Graph, fx.Node, fx.Node, dict[str, Any]], fx.Node]
+
+
+def _slice(graph: fx.Graph, parent: fx.Node, value: fx.Node, call: dict[str, Any]) -> fx.Node:
+    return graph.call_function(
+        aten.slice_scatter.default, (parent, value, call["dim"], call["start"], call["end"], call["step"])
+    )
+
+
+def _select(graph: fx.Graph, parent: fx.Node, value: fx.Node, call: dict[str, Any]) -> fx.Node:
+    return graph.call_function(aten.select_scatter.default, (parent, value, call["dim"], call["index"]))
+
+
+def _reshape(graph: fx.Graph, parent: fx.Node, value: fx.Node, call: dict[str, Any]) -> fx.Node:
+    return graph.call_function(aten.reshape.default, (value, sizes(graph, parent)))
+
+
+def _transpose(graph: fx.Graph, parent: fx.Node, value: fx.Node, call: dict[str, Any]) -> fx.Node:
+    return graph.call_function(aten.transpose.int, (value, call["dim0"], call["dim1"]))
+
+
+def _permute(graph: fx.Graph, parent: fx.Node, value: fx.Node, call: dict[str, Any]) -> fx.Node:
+    rank = len(call["dims"])
+    order = [dim % rank for dim in call["dims"]]
+    return graph.call_function(aten.permute.default, (value, [order.index(dim) for dim in range(rank)]))
+
+
+def _diagonal(graph: fx.Graph, parent: fx.Node, value: fx.Node, call: dict[str, Any]) -> fx.Node:
+    return graph.call_function(
+        aten.diagonal_scatter.default, (parent, value, call["offset"], call["dim1"], call["dim2"])
+    )
+
+
+_INVERSES: dict[OpOverload, Inverse] = {
+    aten.slice.Tensor: _slice,
+    aten.select.int: _select,
+    aten.transpose.int: _transpose,
+    aten.permute.default: _permute,
+    aten.diagonal.default: _diagonal,
+    **dict.fromkeys(
+        (
+            aten.view.default,
+            aten.reshape.default,
+            aten.flatten.using_ints,
+            aten.unflatten.int,
+            aten.unsqueeze.default,
+            aten.squeeze.dim,
+            aten.squeeze.dims,
+            aten.squeeze.default,
+            aten.contiguous.default,
+            aten.alias.default,
+            aten.detach.default,
+            aten.to.dtype,
+            aten.to.dtype_layout,
+            aten.to.device,
+            aten.view_as.default,
+            aten.lift_fresh.default,
+        ),
+        _reshape,
+    ),
+}

@@ -1,0 +1,236 @@
+"""``trace``: from a model and example inputs to a verified Program."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._ops import OpOverload
+from torch.export import ExportedProgram
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_flatten
+
+from fxcompress.constants import fold_constants
+from fxcompress.errors import InputError
+from fxcompress.ops import get_state, set_state
+from fxcompress.program import Program
+from fxcompress.tracing.capture import aliases as state_aliases
+from fxcompress.tracing.capture import export, lift
+from fxcompress.tracing.functionalize import functionalize
+from fxcompress.tracing.inputs import Dynamic, ExampleInputs, prepare
+from fxcompress.tracing.normalize import eliminate_dead, normalize
+from fxcompress.tracing.raising import Aliases, Origin, raise_layers
+from fxcompress.tracing.training_only import dropped_state, training_only
+from fxcompress.tracing.untouched import borrowed, seeded
+
+logger = logging.getLogger(__name__)
+
+
+def trace(
+    model: nn.Module | ExportedProgram,
+    example_inputs: Any = None,
+    *,
+    dynamic: Dynamic | None = None,
+    batch_dim: int | None = 0,
+) -> Program:
+    """Captures a model as a verified Program.
+
+    The model is captured in eval mode with a dynamic batch, whatever mode it is in, and is not changed. The Program shares
+    its weights until a pass replaces them.
+
+    Args:
+        model: Any module (also a ``torch.fx.GraphModule``), on cpu, cuda or meta, or an ``ExportedProgram``.
+        example_inputs: A tensor, a tuple of positional inputs, a dict of keyword inputs, or a pair ``(args, kwargs)``.
+            May be left out for an ``ExportedProgram`` that carries its own.
+        dynamic: Dims beside the batch that may change from call to call, for example ``{"x": (2, 3)}``.
+        batch_dim: The batch dim of every input with as many rows as the first tensor input has; ``None`` for a fixed
+            batch.
+
+    Returns:
+        The Program, checked against the model on the example inputs at two batch sizes.
+
+    Raises:
+        InputError: The example inputs do not fit the model, or it gives NaN or Inf for them.
+        CaptureError: The model cannot be captured as a whole; see :func:`fxcompress.trace_islands`.
+        VerificationError: The Program does not compute what the model computes (a bug; please report it).
+    """
+    if isinstance(model, ExportedProgram):
+        return _from_exported(model, example_inputs)
+    if not isinstance(model, nn.Module):
+        raise InputError(f"trace needs a torch.nn.Module or an ExportedProgram, not {type(model).__name__}")
+    inputs = prepare(model, example_inputs, dynamic, batch_dim)
+    check_weights(model)
+    with borrowed(model):
+        reference = run_model(model, inputs)
+        started = time.perf_counter()
+        exported = export(model, inputs)
+        captured = time.perf_counter()
+        program = lower(exported, inputs, Origin.of(model), type(model).__name__)
+        program.diagnostics += training_only(model, program.graph)
+        _verify(program, model, reference)
+    logger.info(
+        "traced %s: torch.export %.2f s, normalise + raise + verify %.2f s",
+        type(model).__name__,
+        captured - started,
+        time.perf_counter() - captured,
+    )
+    return program
+
+
+def _from_exported(exported: ExportedProgram, example_inputs: Any) -> Program:
+    if example_inputs is None:
+        if exported.example_inputs is None:
+            raise InputError("the ExportedProgram carries no example inputs: pass example_inputs")
+        example_inputs = exported.example_inputs
+    model = exported.module()
+    inputs = prepare(model, example_inputs, None, None)
+    dims = {
+        index: tuple(d for d, size in enumerate(val.shape) if isinstance(size, torch.SymInt))
+        for index, val in enumerate(_input_values(exported))
+        if isinstance(val, torch.Tensor)
+    }
+    batch = {index: sizes[0] for index, sizes in dims.items() if sizes and sizes[0] == 0}
+    inputs = ExampleInputs(
+        inputs.args,
+        inputs.kwargs,
+        inputs.names,
+        inputs.spec,
+        inputs.labels,
+        {index: sizes for index, sizes in dims.items() if sizes},
+        batch,
+    )
+    reference = run_model(model, inputs)
+    origin = Origin(dict(exported.state_dict), frozenset())
+    program = lower(exported, inputs, origin, exported.graph_module._get_name())
+    _verify(program, model, reference)
+    return program
+
+
+def _input_values(exported: ExportedProgram) -> list[Any]:
+    users = set(exported.graph_signature.user_inputs)
+    return [n.meta.get("val") for n in exported.graph.nodes if n.op == "placeholder" and n.name in users]
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raises :class:`InputError` if a weight is NaN or infinite."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta or not tensor.is_floating_point() or tensor.is_sparse:
+            continue
+        if isinstance(tensor, nn.Parameter) and not bool(torch.isfinite(tensor).all()):
+            raise InputError(
+                f"parameter {name!r} holds NaN or Inf: nothing computed from it can be compared; load good weights first"
+            )
+
+
+def run_model(model: nn.Module, inputs: ExampleInputs) -> Any:
+    """The model's own output on the example inputs, which everything is compared with (``None`` on meta)."""
+    if any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in inputs.leaves):
+        return None
+    with torch.no_grad(), seeded():
+        try:
+            output = model(*inputs.args, **inputs.kwargs)
+        except Exception as error:
+            shapes = ", ".join(
+                f"{label}: {leaf.dtype} {tuple(leaf.shape)}" if isinstance(leaf, torch.Tensor) else f"{label}: {leaf!r}"
+                for label, leaf in zip(inputs.labels, inputs.leaves, strict=True)
+            )
+            raise InputError(
+                f"{type(model).__name__} itself fails on the example inputs ({shapes}): {type(error).__name__}: "
+                f"{str(error).strip().splitlines()[0] if str(error).strip() else ''}. Pass inputs that the model accepts"
+            ) from error
+    for leaf in tree_flatten(output)[0]:
+        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and bool(torch.isnan(leaf).any()):
+            raise InputError(
+                f"{type(model).__name__} gives NaN for the example inputs: nothing can be compared with that; pass inputs "
+                "in the model's normal range"
+            )
+    return output
+
+
+def lower(exported: ExportedProgram, inputs: ExampleInputs, origin: Origin, name: str) -> Program:
+    """The normal form of an exported program (not yet verified)."""
+    names = state_aliases(exported)
+    graph_module = lift(exported)
+    functionalize(graph_module)
+    normalize(graph_module)
+    fold_constants(graph_module)
+    eliminate_dead(graph_module.graph)
+    raise_layers(graph_module, names, origin)
+    dropped = _settle_state(graph_module, names, origin)
+    graph_module.graph = _renamed(graph_module.graph)
+    graph_module.eval()
+    out_spec = exported.call_spec.out_spec
+    return Program(graph_module, inputs.interface(out_spec), tuple(dropped_state(dropped)), name)
+
+
+def _renamed(graph: fx.Graph) -> fx.Graph:
+    """The same graph with node names that follow from what each node does, not from how it was captured."""
+    renamed = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+        if node.op in ("placeholder", "output"):
+            name = node.name
+        elif isinstance(node.target, OpOverload):
+            name = node.target._schema.name.rpartition("::")[2]
+        else:
+            name = str(getattr(node.target, "__name__", node.target)).replace(".", "_")
+        values[node] = renamed.create_node(node.op, node.target, args, kwargs, name=name)
+        values[node].meta = node.meta
+    return renamed
+
+
+def _settle_state(graph_module: fx.GraphModule, names: Aliases, origin: Origin) -> list[str]:
+    """Keeps the state that the graph reads, under every name it has in the model; gives the names that are gone."""
+    used = _read_names(graph_module)
+    for first, every in names.items():
+        present = next((name for name in every if name in used), None)
+        for alias in every if present is not None else ():
+            if alias not in used:
+                tensor = get_state(graph_module, present)  # type: ignore[arg-type]
+                set_state(graph_module, alias, tensor)
+                used.add(alias)
+    for name, _ in (
+        *graph_module.named_parameters(remove_duplicate=False),
+        *graph_module.named_buffers(remove_duplicate=False),
+    ):
+        if name not in used:
+            path, _, leaf = name.rpartition(".")
+            delattr(graph_module.get_submodule(path), leaf)
+    _prune_containers(graph_module, {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"})
+    kept = set(graph_module.state_dict())
+    return [name for name in origin.state if name not in kept]
+
+
+def _read_names(graph_module: fx.GraphModule) -> set[str]:
+    used: set[str] = set()
+    for node in graph_module.graph.nodes:
+        if node.op == "get_attr":
+            used.add(str(node.target))
+        elif node.op == "call_module":
+            module = graph_module.get_submodule(str(node.target))
+            used |= {f"{node.target}.{leaf}" for leaf in (*module._parameters, *module._buffers)}
+    return used
+
+
+def _prune_containers(root: nn.Module, called: set[str], prefix: str = "") -> None:
+    """Drops modules that hold nothing and are not called."""
+    for name, child in list(root._modules.items()):
+        if child is None:
+            continue
+        path = f"{prefix}{name}"
+        _prune_containers(child, called, path + ".")
+        if path not in called and not child._modules and not child._parameters and not child._buffers:
+            del root._modules[name]
+
+
+def _verify(program: Program, model: nn.Module, reference: Any) -> None:
+    from fxcompress.numerics import check_against_model
+    from fxcompress.verifier import verify
+
+    verify(program)
+    if reference is not None:
+        check_against_model(program, model, reference)
