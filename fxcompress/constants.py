@@ -19,7 +19,7 @@ _GROWS = frozenset({aten.expand.default, aten.repeat.default, aten.repeat_interl
 
 
 def fold_constants(graph_module: fx.GraphModule) -> int:
-    """Folds constants in place; gives the number of operations that are gone.
+    """Folds constants in place; gives the number of constants that were made.
 
     Parameters and persistent buffers are not constants: a user may train or load them. Operations that draw random numbers
     are left alone, and so is everything on the meta device, where there is no value to fold.
@@ -43,7 +43,9 @@ def fold_constants(graph_module: fx.GraphModule) -> int:
             read = graph.get_attr(name)
         read.meta = dict(node.meta)
         node.replace_all_uses_with(read, delete_user_cb=lambda user: user not in constant)
-    return _sweep(graph, constant) if frontier else 0
+    if frontier:
+        _sweep(graph, constant)
+    return len(frontier)
 
 
 def is_constant_state(graph_module: fx.GraphModule, name: str) -> bool:
@@ -114,10 +116,7 @@ def _fresh_name(graph_module: fx.GraphModule, node: fx.Node) -> str:
     return f"{CONSTANTS}.{name}"
 
 
-def _sweep(graph: fx.Graph, constant: set[fx.Node]) -> int:
-    gone = 0
+def _sweep(graph: fx.Graph, constant: set[fx.Node]) -> None:
     for node in reversed([node for node in graph.nodes if node in constant]):
         if not node.users:
-            gone += node.op == "call_function"
             graph.erase_node(node)
-    return gone

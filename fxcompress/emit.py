@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from fxcompress.program import Interface, Program, clone_graph_module
 
 STRUCTURE = "structure"
 """Prefix of the submodules that pack and unpack structures Python has no literal for (dataclasses)."""
+
+INTERFACE = "fxcompress_interface"
+"""Key of an emitted module's ``meta`` that holds the :class:`Interface` it was emitted with."""
 
 
 class Unpack(nn.Module):
@@ -47,6 +51,14 @@ def emit(program: Program) -> fx.GraphModule:
     It needs none of the user's classes (but those of a dataclass output), and can be trained, deep-copied, pickled,
     exported and compiled.
     """
+    return with_signature(program, copy.deepcopy)
+
+
+def with_signature(program: Program, take: Callable[[torch.Tensor], torch.Tensor]) -> fx.GraphModule:
+    """The module that :func:`emit` gives, with the tensors that ``take`` gives for the Program's.
+
+    How it is called, with example inputs, stays in ``meta[INTERFACE]`` (deep copies keep it, pickles do not).
+    """
     source = program.graph_module
     graph = fx.Graph()
     structures: dict[str, nn.Module] = {}
@@ -57,9 +69,9 @@ def emit(program: Program) -> fx.GraphModule:
             values[node].meta = {key: node.meta[key] for key in ("stack_trace",) if key in node.meta}
     leaves = fx.node.map_arg(source.graph.output_node().args[0], lambda node: values[node])
     graph.output(_output(graph, program.interface.out_spec, list(leaves), structures))
-    return clone_graph_module(
-        source, graph, copy.deepcopy, {name: module.eval() for name, module in structures.items()}
-    )
+    emitted = clone_graph_module(source, graph, take, {name: module.eval() for name, module in structures.items()})
+    emitted.meta[INTERFACE] = program.interface
+    return emitted
 
 
 def _placeholders(graph: fx.Graph, program: Program, structures: dict[str, nn.Module]) -> dict[fx.Node, fx.Node]:

@@ -1,12 +1,13 @@
 """One view of an operation, whether it is written as a module call or as an ATen call.
 
-``operation(graph_module, node)`` gives the ATen overload, its named arguments and where its parameters live. Passes read
-this instead of telling ``call_module nn.Conv2d`` and ``call_function aten.conv2d`` apart themselves.
+``operation(graph_module, node)`` gives the ATen overload, its named arguments and where its parameters live. Passes
+read this instead of telling ``call_module nn.Conv2d`` and ``call_function aten.conv2d`` apart themselves.
 """
 
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +80,7 @@ def set_state(root: nn.Module, name: str, value: torch.Tensor, *, persistent: bo
     owner = root
     for part in path.split(".") if path else ():
         if part not in owner._modules:
-            owner.add_module(part, nn.Module())
+            owner.add_module(part, nn.Module().train(owner.training))
         owner = owner.get_submodule(part)
     if isinstance(value, nn.Parameter):
         owner._buffers.pop(leaf, None)
@@ -90,13 +91,41 @@ def set_state(root: nn.Module, name: str, value: torch.Tensor, *, persistent: bo
         owner.register_buffer(leaf, value, persistent=persistent)
 
 
+def replace_state(root: nn.Module, old: torch.Tensor, new: torch.Tensor) -> None:
+    """Puts ``new`` under every name that ``old`` has: what is tied stays tied."""
+    for module in root.modules():
+        for table in (module._parameters, module._buffers):
+            for leaf in [leaf for leaf, tensor in table.items() if tensor is old]:
+                set_state(module, leaf, new, persistent=leaf not in module._non_persistent_buffers_set)
+
+
+def state_read(graph_module: fx.GraphModule, node: fx.Node) -> dict[str, torch.Tensor]:
+    """Parameters and buffers that a ``get_attr`` or ``call_module`` node reads, by qualified name."""
+    if node.op == "get_attr":
+        return {str(node.target): get_state(graph_module, str(node.target))}
+    if node.op != "call_module":
+        return {}
+    module = graph_module.get_submodule(str(node.target))
+    held = (*module._parameters.items(), *module._buffers.items())
+    return {f"{node.target}.{leaf}": tensor for leaf, tensor in held if tensor is not None}
+
+
+def readers(graph_module: fx.GraphModule) -> dict[int, list[fx.Node]]:
+    """``id`` of a parameter or buffer -> the calls that read it, by whatever name; a module reads all it holds."""
+    found: dict[int, list[fx.Node]] = defaultdict(list)
+    for node in graph_module.graph.nodes:
+        for tensor in state_read(graph_module, node).values():
+            found[id(tensor)] += node.users if node.op == "get_attr" else [node]
+    return found
+
+
 def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
     """Puts a module at a qualified name, keeping the children of what was there."""
     owner = root
     *parents, leaf = path.split(".")
     for part in parents:
         if part not in owner._modules:
-            owner.add_module(part, nn.Module())
+            owner.add_module(part, nn.Module().train(owner.training))
         owner = owner.get_submodule(part)
     previous = owner._modules.get(leaf)
     for name, child in previous._modules.items() if previous is not None else ():

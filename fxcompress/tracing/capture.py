@@ -26,14 +26,11 @@ def export(model: nn.Module, inputs: ExampleInputs) -> ExportedProgram:
     Raises:
         CaptureError: torch.export cannot capture the model.
     """
-    leaves = [
-        _widen(leaf, inputs.batch[i]) if i in inputs.batch and leaf.shape[inputs.batch[i]] == 1 else leaf
-        for i, leaf in enumerate(inputs.leaves)
-    ]
+    leaves = [_prepared(leaf, inputs.batch.get(index)) for index, leaf in enumerate(inputs.leaves)]
     args, kwargs = tree_unflatten(leaves, inputs.spec)
     shapes = ShapesCollection()
     for index, dims in inputs.dynamic.items():
-        shapes[leaves[index]] = dict.fromkeys(dims, Dim.DYNAMIC)
+        shapes[leaves[index]] = dict.fromkeys(dims, Dim.AUTO if inputs.constrained else Dim.DYNAMIC)
     try:
         dynamic_shapes = shapes.dynamic_shapes(model, args, kwargs) if inputs.dynamic else None
         return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
@@ -41,14 +38,21 @@ def export(model: nn.Module, inputs: ExampleInputs) -> ExportedProgram:
         raise CaptureError(_explain(model, error)) from error
 
 
-def _widen(leaf: torch.Tensor, dim: int) -> torch.Tensor:
-    """Two rows in place of one: torch.export treats a size of 1 as a constant."""
-    return torch.cat([leaf, leaf], dim)
+def _prepared(leaf: Any, batch_dim: int | None) -> Any:
+    """A leaf for export: a tensor object of its own, since export marks it, and no dynamic dim of size 1.
+
+    torch.export treats a size of 1 as a constant, so one row becomes two.
+    """
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    own = leaf.detach().requires_grad_(leaf.requires_grad)
+    return torch.cat([own, own], batch_dim) if batch_dim is not None and own.shape[batch_dim] == 1 else own
 
 
 def _explain(model: nn.Module, error: Exception) -> str:
     name = type(model).__name__
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
+    reason = next((line for line in lines if line.startswith("You marked")), lines[0] if lines else "no message")
     place = _user_frame(error)
     text = str(error)
     if "data-dependent" in text.lower() or "GuardOnDataDependent" in type(error).__name__ or "unbacked" in text.lower():
@@ -142,7 +146,7 @@ def _read_state(
     persistent = spec.kind is InputKind.PARAMETER or (spec.kind is InputKind.BUFFER and spec.persistent)
     name = canonical.get(spec.target, spec.target)
     tensor = exported.state_dict[name] if name in exported.state_dict else exported.constants[spec.target]
-    if spec.kind is InputKind.CONSTANT_TENSOR:
+    if not persistent:  # saved nowhere, so its name is free: a raised layer need not carry it
         name = f"{CONSTANTS}.{spec.target.replace('.', '_')}"
     if name not in reads:
         set_state(root, name, tensor, persistent=persistent)

@@ -1,9 +1,9 @@
 """In-place operations become functional, with every alias of the written tensor brought up to date.
 
-A write through a view (``x[:, 1:] += y``) becomes a functional operation whose result is scattered back into the tensors
-it was a view of, and other views that are read later are taken again from the new value. This is what
-``torch.func.functionalize`` does while tracing; doing it on the graph keeps dropout, batch norm and the module paths that a
-second trace would lose.
+A write through a view (``x[:, 1:] += y``) becomes a functional operation whose result is scattered back into the
+tensors it was a view of, and other views that are read later are taken again from the new value. This is what
+``torch.func.functionalize`` does while tracing; doing it on the graph keeps dropout, batch norm and the module paths that
+a second trace would lose.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class _Functionalizer:
         root, path = self._path(target)
         if root.op == "get_attr" and not _is_constant(root):
             raise CaptureError(
-                f"the model writes into its own state {root.target!r} in eval mode; a Program is a pure function: pass the "
-                "state as an input, or use fxcompress.trace_islands"
+                f"the model writes into its own state {root.target!r} in eval mode; a Program is a pure function: pass "
+                "the state as an input, or use fxcompress.trace_islands"
             )
         node.replace_all_uses_with(value)
         self.order[value] = now

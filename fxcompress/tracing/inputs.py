@@ -30,6 +30,7 @@ class ExampleInputs:
         labels: A readable name of every leaf.
         dynamic: Leaf index -> dims that may change.
         batch: Leaf index -> batch dim.
+        constrained: Whether dims in ``dynamic`` become constants where the model needs that; otherwise it is an error.
     """
 
     args: tuple[Any, ...]
@@ -39,6 +40,7 @@ class ExampleInputs:
     labels: tuple[str, ...]
     dynamic: dict[int, tuple[int, ...]]
     batch: dict[int, int]
+    constrained: bool = False
 
     @property
     def leaves(self) -> list[Any]:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 from torch._ops import OpOverload
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from fxcompress.dead_code import eliminate_dead
 from fxcompress.ops import bind
 from fxcompress.tracing.functionalize import same_shape, sizes
 
@@ -60,16 +60,6 @@ def normalize(graph_module: fx.GraphModule) -> None:
             node.replace_all_uses_with(replacement)
             graph.erase_node(node)
     eliminate_dead(graph)
-
-
-def eliminate_dead(graph: fx.Graph) -> int:
-    """Drops nodes whose value nothing reads; gives how many."""
-    dead = 0
-    for node in reversed(list(graph.nodes)):
-        if node.op in ("get_attr", "call_function", "call_module") and not node.users:
-            graph.erase_node(node)
-            dead += 1
-    return dead
 
 
 def _replacement(graph: fx.Graph, node: fx.Node) -> fx.Node | None:

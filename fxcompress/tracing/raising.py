@@ -1,4 +1,4 @@
-"""Raising: ATen calls of standard layers become ``call_module`` on fresh ``torch.nn`` modules at their original names."""
+"""Raising: ATen calls of standard layers become fresh ``torch.nn`` modules at their original names."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def _stateless_path(node: fx.Node, taken: set[str]) -> str:
     """A path for a layer without state (dropout): its own module's, or a fresh one beside the code that called it."""
     path = called_path(node)
     kind = str(node.meta["nn_module_stack"][next(reversed(node.meta["nn_module_stack"]))][1]) if path else ""
-    if path and kind.rpartition(".")[2].lower().endswith("dropout"):
+    if path and "dropout" in kind.rpartition(".")[2].lower():
         return path
     stem = f"{path}.dropout" if path else "dropout"
     name, count = stem, 0

@@ -14,14 +14,15 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_flatten
 
 from fxcompress.constants import fold_constants
+from fxcompress.dead_code import drop_unread_state, eliminate_dead
 from fxcompress.errors import InputError
-from fxcompress.ops import get_state, set_state
+from fxcompress.ops import set_state, state_read
 from fxcompress.program import Program
 from fxcompress.tracing.capture import aliases as state_aliases
 from fxcompress.tracing.capture import export, lift
 from fxcompress.tracing.functionalize import functionalize
 from fxcompress.tracing.inputs import Dynamic, ExampleInputs, prepare
-from fxcompress.tracing.normalize import eliminate_dead, normalize
+from fxcompress.tracing.normalize import normalize
 from fxcompress.tracing.raising import Aliases, Origin, raise_layers
 from fxcompress.tracing.training_only import dropped_state, training_only
 from fxcompress.tracing.untouched import borrowed, seeded
@@ -38,8 +39,8 @@ def trace(
 ) -> Program:
     """Captures a model as a verified Program.
 
-    The model is captured in eval mode with a dynamic batch, whatever mode it is in, and is not changed. The Program shares
-    its weights until a pass replaces them.
+    The model is captured in eval mode with a dynamic batch, whatever mode it is in, and is not changed. The Program
+    shares its weights until a pass replaces them.
 
     Args:
         model: Any module (also a ``torch.fx.GraphModule``), on cpu, cuda or meta, or an ``ExportedProgram``.
@@ -61,7 +62,11 @@ def trace(
         return _from_exported(model, example_inputs)
     if not isinstance(model, nn.Module):
         raise InputError(f"trace needs a torch.nn.Module or an ExportedProgram, not {type(model).__name__}")
-    inputs = prepare(model, example_inputs, dynamic, batch_dim)
+    return capture(model, prepare(model, example_inputs, dynamic, batch_dim))
+
+
+def capture(model: nn.Module, inputs: ExampleInputs) -> Program:
+    """The verified Program of a model for canonical example inputs; raises what :func:`trace` raises."""
     check_weights(model)
     with borrowed(model):
         reference = run_model(model, inputs)
@@ -121,7 +126,7 @@ def check_weights(model: nn.Module) -> None:
             continue
         if isinstance(tensor, nn.Parameter) and not bool(torch.isfinite(tensor).all()):
             raise InputError(
-                f"parameter {name!r} holds NaN or Inf: nothing computed from it can be compared; load good weights first"
+                f"parameter {name!r} holds NaN or Inf: what it computes cannot be compared; load good weights first"
             )
 
 
@@ -139,13 +144,13 @@ def run_model(model: nn.Module, inputs: ExampleInputs) -> Any:
             )
             raise InputError(
                 f"{type(model).__name__} itself fails on the example inputs ({shapes}): {type(error).__name__}: "
-                f"{str(error).strip().splitlines()[0] if str(error).strip() else ''}. Pass inputs that the model accepts"
+                f"{next(iter(str(error).strip().splitlines()), '')}. Pass inputs that the model accepts"
             ) from error
     for leaf in tree_flatten(output)[0]:
         if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and bool(torch.isnan(leaf).any()):
             raise InputError(
-                f"{type(model).__name__} gives NaN for the example inputs: nothing can be compared with that; pass inputs "
-                "in the model's normal range"
+                f"{type(model).__name__} gives NaN for the example inputs, which nothing can be compared with; pass "
+                "inputs in the model's normal range"
             )
     return output
 
@@ -185,46 +190,18 @@ def _renamed(graph: fx.Graph) -> fx.Graph:
 
 def _settle_state(graph_module: fx.GraphModule, names: Aliases, origin: Origin) -> list[str]:
     """Keeps the state that the graph reads, under every name it has in the model; gives the names that are gone."""
-    used = _read_names(graph_module)
-    for first, every in names.items():
-        present = next((name for name in every if name in used), None)
-        for alias in every if present is not None else ():
-            if alias not in used:
-                tensor = get_state(graph_module, present)  # type: ignore[arg-type]
+    read = {id(tensor) for node in graph_module.graph.nodes for tensor in state_read(graph_module, node).values()}
+    present = dict(graph_module.named_parameters(remove_duplicate=False)) | dict(
+        graph_module.named_buffers(remove_duplicate=False)
+    )
+    for every in names.values():
+        tensor = next((present[name] for name in every if name in present and id(present[name]) in read), None)
+        for alias in every if tensor is not None else ():
+            if alias not in present:
                 set_state(graph_module, alias, tensor)
-                used.add(alias)
-    for name, _ in (
-        *graph_module.named_parameters(remove_duplicate=False),
-        *graph_module.named_buffers(remove_duplicate=False),
-    ):
-        if name not in used:
-            path, _, leaf = name.rpartition(".")
-            delattr(graph_module.get_submodule(path), leaf)
-    _prune_containers(graph_module, {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"})
+    drop_unread_state(graph_module)
     kept = set(graph_module.state_dict())
     return [name for name in origin.state if name not in kept]
-
-
-def _read_names(graph_module: fx.GraphModule) -> set[str]:
-    used: set[str] = set()
-    for node in graph_module.graph.nodes:
-        if node.op == "get_attr":
-            used.add(str(node.target))
-        elif node.op == "call_module":
-            module = graph_module.get_submodule(str(node.target))
-            used |= {f"{node.target}.{leaf}" for leaf in (*module._parameters, *module._buffers)}
-    return used
-
-
-def _prune_containers(root: nn.Module, called: set[str], prefix: str = "") -> None:
-    """Drops modules that hold nothing and are not called."""
-    for name, child in list(root._modules.items()):
-        if child is None:
-            continue
-        path = f"{prefix}{name}"
-        _prune_containers(child, called, path + ".")
-        if path not in called and not child._modules and not child._parameters and not child._buffers:
-            del root._modules[name]
 
 
 def _verify(program: Program, model: nn.Module, reference: Any) -> None:

@@ -1,0 +1,356 @@
+"""Coverage: traces every model of the zoo and checks what is emitted against the original.
+
+One process a model, memory-capped, resumable: results are appended to ``results/coverage.jsonl`` as they come, and models
+that are in it already are skipped. ``--only PATTERN`` narrows the run, ``--again`` runs failures anew.
+
+    python benchmarks/coverage.py
+    python benchmarks/coverage.py --only 'timm:*vit*' --jobs 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import fnmatch
+import json
+import logging
+import os
+import pickle
+import resource
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "coverage.jsonl"
+SUMMARY = HERE / "results" / "coverage.json"
+MEMORY_GB = 14
+TIMEOUT_S = 900
+OUTPUT_TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 1e-3
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="*", help="run models whose name matches this pattern")
+    parser.add_argument("--jobs", type=int, default=1, help="models at the same time")
+    parser.add_argument("--again", action="store_true", help="run models anew that failed before")
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.model:
+        print(json.dumps(examine(options.model)))
+        return 0
+    return run_all(options.only, options.jobs, options.again)
+
+
+def run_all(pattern: str, jobs: int, again: bool) -> int:
+    from rich.progress import track
+
+    import zoo
+
+    wanted = [name for name in zoo.names() if fnmatch.fnmatch(name, pattern)]
+    RESULTS.parent.mkdir(exist_ok=True)
+    done = {row["model"]: row for row in read_results()}
+    pending = [name for name in wanted if name not in done or (again and not done[name]["ok"])]
+    with ThreadPoolExecutor(jobs) as pool, RESULTS.open("a") as sink:
+        futures = [pool.submit(in_process, name) for name in pending]
+        for future in track(as_completed(futures), total=len(futures), description="coverage"):
+            row = future.result()
+            done[row["model"]] = row
+            sink.write(json.dumps(row) + "\n")
+            sink.flush()
+    rows = [done[name] for name in wanted]
+    summarise(rows)
+    return 0 if all(row["ok"] for row in rows) else 1
+
+
+def read_results() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def in_process(name: str) -> dict[str, Any]:
+    """Examines one model in a process of its own; a crash or time-out is a result too."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    try:
+        finished = subprocess.run(
+            [sys.executable, __file__, "--model", name], capture_output=True, text=True, timeout=TIMEOUT_S, env=environment
+        )
+        return json.loads(finished.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+    except subprocess.TimeoutExpired:
+        return {"model": name, "ok": False, "failed": f"no answer in {TIMEOUT_S} s"}
+    except (IndexError, json.JSONDecodeError):
+        return {"model": name, "ok": False, "failed": "crash: " + finished.stderr.strip()[-300:]}
+
+
+class Timings(logging.Handler):
+    """Reads the times that tracing logs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.export_s = self.rest_s = 0.0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if isinstance(record.args, tuple) and len(record.args) == 3:
+            self.export_s += float(record.args[1])  # type: ignore[arg-type]
+            self.rest_s += float(record.args[2])  # type: ignore[arg-type]
+
+
+def examine(name: str) -> dict[str, Any]:
+    """All checks on one model; ``failed`` names the first that does not hold."""
+    import torch
+
+    import zoo
+
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_GB << 30, MEMORY_GB << 30))
+    torch.set_num_threads(1)
+    timings = Timings()
+    trace_logger = logging.getLogger("fxcompress.tracing.tracer")
+    trace_logger.addHandler(timings)
+    trace_logger.setLevel(logging.INFO)
+    row: dict[str, Any] = {"model": name, "ok": False}
+    started = time.perf_counter()
+    stage = "build"
+    try:
+        subject = zoo.build(name)
+        for stage, check in (_ISLAND_CHECKS if subject.islands else _CHECKS).items():
+            row.update(check(subject, row))
+        row["ok"] = True
+    except Exception as error:
+        row["failed"] = f"{stage}: {type(error).__name__}: {str(error)[:600]}"
+    row.update(export_s=round(timings.export_s, 2), rest_s=round(timings.rest_s, 2))
+    row.update(seconds=round(time.perf_counter() - started, 1),
+               peak_gb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2))
+    return {key: value for key, value in row.items() if not key.startswith("_")}
+
+
+def check_trace(subject: Any, row: dict[str, Any]) -> dict[str, Any]:
+    import fxcompress as fxc
+
+    program = fxc.trace(subject.model, (subject.args, subject.kwargs))
+    emitted = program.emit()
+    return {
+        "_program": program, "_emitted": emitted, "nodes": len(program.graph.nodes),
+        "meta": any(parameter.is_meta for parameter in emitted.parameters()),
+        "batch": program.interface.batch_size,
+    }  # fmt: skip
+
+
+def check_outputs(subject: Any, row: dict[str, Any]) -> dict[str, Any]:
+    """The emitted module gives what the original gives, at the traced batch and at another."""
+    import torch
+
+    if row["meta"]:
+        return {}
+    if row["batch"] is None:
+        raise AssertionError("the batch is not dynamic")
+    errors = []
+    for rows in (row["batch"], row["batch"] + 1):
+        args, kwargs = row["_program"].interface.resized(rows)
+        with torch.no_grad(), mha_fast_path_off():
+            errors.append(difference(subject.model(*args, **kwargs), row["_emitted"](*args, **kwargs)))
+    if max(errors) > OUTPUT_TOLERANCE:
+        raise AssertionError(f"outputs differ by {max(errors):.2e}")
+    return {"error": max(errors)}
+
+
+def check_state(subject: Any, row: dict[str, Any]) -> dict[str, Any]:
+    """Keys are the model's; what no output depends on is dropped and listed."""
+    before, after = set(subject.model.state_dict()), set(row["_emitted"].state_dict())
+    if after - before:
+        raise AssertionError(f"state_dict has new keys: {sorted(after - before)[:3]}")
+    dropped = sorted(before - after)
+    listed = [d for d in row["_program"].diagnostics if d.code == "unused-state"]
+    if dropped and not listed:
+        raise AssertionError(f"dropped without a word: {dropped[:3]}")
+    live = reached_parameters(subject) if dropped and not row["meta"] else set()
+    if live & set(dropped):
+        raise AssertionError(f"dropped, but outputs depend on it: {sorted(live & set(dropped))[:3]}")
+    return {"dropped": len(dropped)}
+
+
+def reached_parameters(subject: Any) -> set[str]:
+    """Parameters that the original's outputs depend on, by its own autograd."""
+    import torch
+
+    model = copy.deepcopy(subject.model)
+    with torch.enable_grad(), mha_fast_path_off():
+        loss(model(*subject.args, **subject.kwargs)).backward()
+    return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def check_training(subject: Any, row: dict[str, Any]) -> dict[str, Any]:
+    """One step with batch norm in train mode: same gradients, same moved statistics."""
+    if row["meta"]:
+        return {}
+    original, emitted = copy.deepcopy(subject.model), row["_emitted"]
+    with mha_fast_path_off():
+        for model in (original, emitted):
+            batch_norms_train(model)
+            loss(model(*subject.args, **subject.kwargs)).backward()
+    worst = 0.0
+    theirs = dict(original.named_parameters(remove_duplicate=False))
+    ours = dict(emitted.named_parameters(remove_duplicate=False))
+    scale = max((p.grad.abs().max().item() for p in theirs.values() if p.grad is not None), default=0.0)
+    for key, parameter in ours.items():
+        a, b = theirs[key].grad, parameter.grad
+        if (a is None) != (b is None):
+            raise AssertionError(f"only one of the two has a gradient for {key}")
+        if a is not None and b is not None:
+            own = max(a.abs().max().item(), 1e-4 * scale)
+            worst = max(worst, (a - b).abs().max().item() / own if own else 0.0)
+    if worst > GRADIENT_TOLERANCE:
+        raise AssertionError(f"gradients differ by {worst:.2e}")
+    their_buffers = dict(original.named_buffers(remove_duplicate=False))
+    for key, buffer in emitted.named_buffers(remove_duplicate=False):
+        if key in their_buffers and difference(their_buffers[key], buffer) > GRADIENT_TOLERANCE:
+            raise AssertionError(f"buffer {key} moves differently in training")
+    emitted.eval()
+    return {"gradient_error": worst}
+
+
+def check_again(subject: Any, row: dict[str, Any]) -> dict[str, Any]:
+    """The emitted module deep-copies, pickles and exports again."""
+    import torch
+    from torch.export import Dim, ShapesCollection
+    from torch.utils._pytree import tree_leaves
+
+    emitted = row["_emitted"].eval()
+    if not row["meta"]:
+        args, kwargs = subject.args, subject.kwargs
+        expected = row["_program"](*args, **kwargs)
+        again = copy.deepcopy(emitted) if row["nodes"] % 2 else pickle.loads(pickle.dumps(emitted))
+        with torch.no_grad():
+            again.load_state_dict(row["_program"].graph_module.state_dict())
+            if difference(expected, again(*args, **kwargs)) > OUTPUT_TOLERANCE:
+                raise AssertionError("a copy gives another output")
+    shapes = ShapesCollection()
+    interface = row["_program"].interface
+    leaves = tree_leaves((interface.args, interface.kwargs))
+    for index, dims in interface.dynamic.items():
+        shapes[leaves[index]] = dict.fromkeys(dims, Dim.DYNAMIC)
+    torch.export.export(
+        emitted, interface.args, interface.kwargs,
+        dynamic_shapes=shapes.dynamic_shapes(emitted, interface.args, interface.kwargs),
+    )  # fmt: skip
+    return {}
+
+
+def check_cost(subject: Any, row: dict[str, Any]) -> dict[str, Any]:
+    """MACs agree with torch's own counter, which watches the original run."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import fxcompress as fxc
+
+    cost = fxc.analyze(row["_program"], "cost")
+    args, kwargs = subject.args, subject.kwargs
+    with torch.no_grad(), mha_fast_path_off(), FlopCounterMode(display=False) as counter:
+        subject.model(*args, **kwargs)
+    reference = counter.get_total_flops() / 2 / row["batch"]
+    off = abs(cost.macs - reference) / max(reference, 1)
+    if off > 1e-3:
+        raise AssertionError(f"cost counts {cost.macs:.0f} MACs, torch counts {reference:.0f}")
+    return {"params": cost.params, "macs": cost.macs}
+
+
+def check_islands(subject: Any, row: dict[str, Any]) -> dict[str, Any]:
+    """Captured parts in place of the originals give the same detections, also for other images."""
+    import torch
+
+    import fxcompress as fxc
+
+    partial = fxc.trace_islands(subject.model, (subject.args, subject.kwargs))
+    emitted = partial.emit()
+    others = ([torch.rand(3, 160, 192) for _ in range(3)],)
+    errors = []
+    for args in (subject.args, others):
+        with torch.no_grad():
+            errors.append(difference(subject.model(*args), emitted(*args)))
+    if max(errors) > OUTPUT_TOLERANCE:
+        raise AssertionError(f"outputs differ by {max(errors):.2e}")
+    covered = sum(p.numel() for island in partial.islands.values() for p in island.graph_module.parameters())
+    total = sum(p.numel() for p in subject.model.parameters())
+    if set(emitted.state_dict()) != set(subject.model.state_dict()):
+        raise AssertionError("state_dict keys differ")
+    return {"error": max(errors), "islands": list(partial.islands), "captured_share": round(covered / total, 3)}
+
+
+_CHECKS = {
+    "trace": check_trace, "state": check_state, "outputs": check_outputs, "cost": check_cost,
+    "training": check_training, "again": check_again,
+}  # fmt: skip
+_ISLAND_CHECKS = {"islands": check_islands}
+
+
+def mha_fast_path_off() -> Any:
+    """torch's fused attention is another algorithm; both sides run the plain one."""
+    from contextlib import contextmanager
+
+    import torch
+
+    @contextmanager
+    def off() -> Any:
+        before = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(before)
+
+    return off()
+
+
+def batch_norms_train(model: Any) -> None:
+    from torch import nn
+
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train()
+
+
+def loss(output: Any) -> Any:
+    """The same number of any output structure: mean squares over all floating tensors."""
+    import torch
+    from torch.utils._pytree import tree_leaves
+
+    parts = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+    return sum(part.clamp(-1e4, 1e4).square().mean() for part in parts if part.requires_grad)
+
+
+def difference(expected: Any, found: Any) -> float:
+    """Largest error relative to the largest value of each output."""
+    from torch.utils._pytree import tree_leaves
+
+    from fxcompress.numerics import compare_outputs
+
+    comparison = compare_outputs(tree_leaves(expected), tree_leaves(found))
+    return 0.0 if comparison.exact else comparison.max_rel_error
+
+
+def summarise(rows: list[dict[str, Any]]) -> None:
+    import platform
+
+    import torch
+    from tabulate import tabulate
+
+    table = []
+    for source in sorted({row["model"].partition(":")[0] for row in rows}):
+        members = [row for row in rows if row["model"].startswith(source + ":")]
+        good = [row for row in members if row["ok"]]
+        exports, rest = (sum(row.get(key, 0.0) for row in members) for key in ("export_s", "rest_s"))
+        table.append([source, len(members), len(good), f"{100 * len(good) / len(members):.1f} %",
+                      f"{rest / exports:.2f}" if exports else "-", round(sum(row.get("seconds", 0) for row in members))])
+    print(tabulate(table, ["source", "models", "pass", "share", "rest / export time", "seconds"]))
+    for row in rows:
+        if not row["ok"]:
+            print(f"  {row['model']}: {row['failed']}")
+    versions = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
+    SUMMARY.write_text(json.dumps({"versions": versions, "models": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""A Program in float64: every weight, constant, literal dtype and example input widened.
+
+An exact rewrite of the widened Program must agree to float64 rounding, which no real error hides under.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from fxcompress.analysis import invalidate
+from fxcompress.ops import replace_state
+from fxcompress.program import Program
+
+_WIDER = {
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.float32: torch.float64,
+    torch.complex64: torch.complex128,
+}
+
+
+def widened(program: Program) -> Program:
+    """A float64 copy of a Program; integers and booleans stay as they are."""
+    wide = program.copy()
+    root = wide.graph_module
+    for tensor in {id(t): t for t in (*root.parameters(), *root.buffers())}.values():
+        if tensor.dtype in _WIDER:
+            replace_state(root, tensor, _wide_state(tensor))
+    for node in wide.nodes:
+        node.args, node.kwargs = tree_map(_wide, node.args), tree_map(_wide, node.kwargs)
+        if "val" in node.meta:
+            node.meta["val"] = tree_map(_wide, node.meta["val"])
+    root.recompile()
+    interface = program.interface
+    args, kwargs = tree_map(_wide, (interface.args, interface.kwargs))
+    wide.interface = replace(interface, args=args, kwargs=kwargs)
+    invalidate(wide, ())
+    return wide
+
+
+def _wide_state(tensor: torch.Tensor) -> torch.Tensor:
+    value = tensor.detach().to(_WIDER[tensor.dtype])
+    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+
+
+def _wide(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(_WIDER.get(value.dtype, value.dtype))
+    return _WIDER.get(value, value) if isinstance(value, torch.dtype) else value

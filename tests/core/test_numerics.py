@@ -1,0 +1,149 @@
+"""The numeric check: what it lets pass, and planted bugs that it catches."""
+
+import math
+
+import pytest
+import torch
+from toys import put_weight, toy_program, weight
+from torch import nn
+
+import fxcompress as fxc
+from fxcompress.errors import VerificationError
+from fxcompress.numerics import check_exact, compare, compare_outputs, rounding_tolerance
+from fxcompress.ops import set_state
+from fxcompress.verifier import violations
+from fxcompress.widened import widened
+
+aten = torch.ops.aten
+
+
+def test_a_program_equals_itself_bit_for_bit():
+    program = toy_program()
+    found = check_exact(program, program.copy(), lambda other: None)
+    assert found.exact
+    assert found.max_abs_error == 0.0
+    assert found.sqnr_db == math.inf
+
+
+def test_lossy_error_is_measured():
+    before, after = toy_program(), toy_program()
+    put_weight(after, 1.01)
+    found = compare(before, after)
+    assert not found.exact
+    assert 1e-4 < found.max_rel_error < 0.1
+    assert 20 < found.sqnr_db < 60
+
+
+def scale_weight(factor):
+    return lambda program: put_weight(program, factor)
+
+
+def checked(rewrite):
+    """Runs a rewrite on a toy Program and checks it as exact."""
+    before = toy_program()
+    after = before.copy()
+    rewrite(after)
+    after.graph_module.recompile()
+    return check_exact(before, after, rewrite)
+
+
+@pytest.mark.parametrize("factor", [1 + 1e-7, 1 + 1e-6, 0.999, 2.0])
+def test_a_moved_scale_is_not_exact_however_small(factor):
+    with pytest.raises(VerificationError, match="must be exact"):
+        checked(scale_weight(factor))
+
+
+def move_scale_into_weight(program):
+    """``W2 relu(W1 x + b1)`` as ``(W2 / 3) relu(3 W1 x + 3 b1)``: exact, but for the rounding of the weights."""
+    put_weight(program, 3.0, "0.weight")
+    put_weight(program, 3.0, "0.bias")
+    put_weight(program, 1 / 3, "2.weight")
+
+
+def test_rounding_of_rewritten_weights_is_exact():
+    found = checked(move_scale_into_weight)
+    assert not found.exact
+    assert found.max_rel_error < 1e-6
+
+
+def test_a_rewrite_that_is_right_in_float64_but_stores_garbage_is_caught():
+    def rewrite(program):
+        put_weight(program, 1.0 if weight(program).dtype is torch.float64 else 1.001)
+
+    with pytest.raises(VerificationError, match="rounding the weights"):
+        checked(rewrite)
+
+
+def test_a_bug_that_shows_at_another_batch_only_is_caught():
+    before, after = toy_program(), toy_program()
+    relu = next(n for n in after.nodes if n.name == "relu")
+    with after.graph.inserting_after(relu):
+        fixed = after.graph.call_function(aten.reshape.default, (relu, [3, 5]))
+    fixed.meta = dict(relu.meta)
+    relu.replace_all_uses_with(fixed, delete_user_cb=lambda user: user is not fixed)
+    after.graph_module.recompile()
+    with pytest.raises(RuntimeError, match="shape"):
+        compare(before, after)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_nan_and_inf_are_caught(poison):
+    before, after = toy_program(), toy_program()
+    bias = weight(after, "2.bias").detach().clone()
+    bias[1] = poison
+    set_state(after.graph_module, "2.bias", nn.Parameter(bias))
+    with pytest.raises(VerificationError, match="NaN or Inf"):
+        compare(before, after)
+
+
+def test_masks_of_minus_infinity_compare_equal():
+    mask = torch.tensor([0.0, -math.inf])
+    assert compare_outputs([mask], [mask.clone()]).exact
+    nearly = compare_outputs([torch.tensor([1.0, -math.inf])], [torch.tensor([1.0 + 1e-6, -math.inf])])
+    assert 0 < nearly.max_rel_error < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("expected", "found", "message"),
+    [
+        ([torch.zeros(2)], [torch.zeros(3)], r"\(3,\) where .* \(2,\)"),
+        ([torch.zeros(2)], [torch.zeros(2).double()], "float64"),
+        ([torch.zeros(2)], [], "0 outputs where 1"),
+        ([torch.tensor([1, 2])], [torch.tensor([1, 3])], "1 of 2 elements"),
+        ([3], [4], "4 where 3"),
+        ([True], [1], "1 where True"),
+    ],
+)
+def test_structure_shape_dtype_and_integers_must_agree(expected, found, message):
+    with pytest.raises(VerificationError, match=message):
+        compare_outputs(expected, found)
+
+
+def test_reference_of_zeros_gives_an_infinite_relative_error():
+    assert compare_outputs([torch.zeros(2)], [torch.ones(2)]).max_rel_error == math.inf
+
+
+def test_rounding_tolerance_stays_meaningful_in_low_precision():
+    assert rounding_tolerance([torch.zeros(1)]) < 1e-5
+    assert rounding_tolerance([torch.zeros(1, dtype=torch.bfloat16)]) <= 0.02
+    assert rounding_tolerance([torch.zeros(1, dtype=torch.int64)]) == 0.0
+
+
+def test_widening_reaches_weights_literals_and_constants():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.norm = nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            y = torch.softmax(self.norm(self.linear(x)), -1, dtype=torch.float32)
+            return y + torch.arange(4, dtype=torch.float32)
+
+    program = fxc.trace(Mixed(), torch.randn(2, 4))
+    wide = widened(program)
+    (output,) = wide.graph_module(*wide.interface.leaves)
+    assert output.dtype is torch.float64
+    assert torch.allclose(output.float(), program(*program.interface.args), atol=1e-6)
+    assert list(violations(wide)) == []
+    assert {tensor.dtype for tensor in program.graph_module.parameters()} == {torch.float32}
