@@ -67,7 +67,7 @@ def with_signature(program: Program, take: Callable[[torch.Tensor], torch.Tensor
         if node.op not in ("placeholder", "output"):
             values[node] = graph.node_copy(node, lambda operand: values[operand])
             values[node].meta = {key: node.meta[key] for key in ("stack_trace",) if key in node.meta}
-    leaves = fx.node.map_arg(source.graph.output_node().args[0], lambda node: values[node])
+    leaves: Any = fx.node.map_arg(source.graph.output_node().args[0], lambda node: values[node])
     graph.output(_output(graph, program.interface.out_spec, list(leaves), structures))
     emitted = clone_graph_module(source, graph, take, {name: module.eval() for name, module in structures.items()})
     emitted.meta[INTERFACE] = program.interface

@@ -114,7 +114,7 @@ def check_against_model(program: Program, model: nn.Module, reference: Any) -> N
         args, kwargs = interface.resized(rows + 1)
         with torch.no_grad(), seeded():
             other = model(*args, **kwargs)
-        _check_rounding(program, tree_flatten((args, kwargs))[0], other, f"batch {rows + 1}")
+        _check_rounding(program, tree_flatten(interface.resized(rows + 1))[0], other, f"batch {rows + 1}")
 
 
 def _check_rounding(program: Program, leaves: list[Any], reference: Any, where: str) -> None:

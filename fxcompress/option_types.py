@@ -1,7 +1,7 @@
 """The types an option of a pass can have, read off its dataclass annotation.
 
-Each type reads pipeline text, accepts (and freezes) values given in Python, and writes them back as text. To add one, write
-an :class:`OptionType` and a row in ``_PLAIN`` or ``_GENERIC``.
+Each type reads pipeline text, accepts (and freezes) values given in Python, and writes them back as text. To add one,
+write an :class:`OptionType` and a row in ``_PLAIN`` or ``_GENERIC``.
 """
 
 from __future__ import annotations
@@ -293,8 +293,7 @@ class UnionType(OptionType):
     read_word = read_list = read_table = _read
 
     def accept(self, value: Any) -> Any:
-        member, accepted = self._accept(value)
-        return accepted
+        return self._accept(value)[1]
 
     def _accept(self, value: Any) -> tuple[OptionType, Any]:
         fitting: list[tuple[OptionType, Any]] = []

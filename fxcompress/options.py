@@ -70,8 +70,8 @@ def _hints(cls: type[Pass]) -> dict[str, Any]:
         return typing.get_type_hints(cls)
     except NameError as error:
         raise InputError(
-            f"an annotation of {cls.__qualname__} uses {error.name!r}, which {cls.__module__} does not import at run time; "
-            "move that import out of 'if TYPE_CHECKING'"
+            f"an annotation of {cls.__qualname__} uses {error.name!r}, which {cls.__module__} does not import at run "
+            "time; move that import out of 'if TYPE_CHECKING'"
         ) from None
 
 

@@ -2,9 +2,9 @@
 
     fold-batchnorm,select-channels{ratio=0.5 criterion=taylor},remove-channels
 
-Options are separated by spaces and named in kebab-case; lists are ``[a b]``, tables ``{layer4.*:0.3 fc:0.1}``, strings that
-need it are quoted as in JSON, numbers may carry a unit (``512MB``). ``parse(str(p)) == p`` for every pipeline of passes
-found by name; ``str`` leaves out options that have their default value.
+Options are separated by spaces and named in kebab-case; lists are ``[a b]``, tables ``{layer4.*:0.3 fc:0.1}``, strings
+that need it are quoted as in JSON, numbers may carry a unit (``512MB``). ``parse(str(p)) == p`` for every pipeline of
+passes found by name; ``str`` leaves out options that have their default value.
 """
 
 from __future__ import annotations
@@ -34,12 +34,14 @@ class Pipeline:
         object.__setattr__(self, "passes", tuple(self.passes))
         if not self.passes:
             raise InputError("the pipeline is empty; name at least one pass")
-        for index, item in enumerate(self.passes):
+        items: tuple[Any, ...] = self.passes  # callers without a type checker may hand in anything
+        for index, item in enumerate(items):
             if not isinstance(item, Pass):
                 remedy = (
                     f"make an instance: {item.__name__}()" if isinstance(item, type) else "give instances of passes"
                 )
                 raise InputError(f"item {index} of the pipeline is {item!r}, which is not a pass; {remedy}")
+            registry.check_pass(type(item), type(item).__qualname__)
 
     def __iter__(self) -> Iterator[Pass]:
         return iter(self.passes)

@@ -1,10 +1,10 @@
-"""The grammar of pipeline text, without any knowledge of passes: text to nodes that know where they stood.
+r"""The grammar of pipeline text, without any knowledge of passes: text to nodes that know where they stood.
 
     pipeline = pass { "," pass }
     pass     = word [ "{" { word "=" value } "}" ]
     value    = word | string | "[" { value } "]" | "{" { (word | string) ":" value } "}"
 
-A word is a run of characters other than white space and ``{}[]=:,"'\\``; a string is written as in JSON. White space
+A word is a run of characters other than white space and ``{}[]=:,"'\``; a string is written as in JSON. White space
 separates and otherwise means nothing.
 """
 

@@ -66,7 +66,7 @@ class Interface:
 
     def resized(self, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The example inputs with ``batch`` rows, made by repeating rows."""
-        leaves = list(self.leaves)
+        leaves = [leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
         for index, dim in self.batch.items():
             rows = torch.arange(batch, device=leaves[index].device) % leaves[index].shape[dim]
             leaves[index] = leaves[index].index_select(dim, rows)

@@ -16,11 +16,11 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 from fxcompress.errors import InputError, did_you_mean
 from fxcompress.options import Option, options_of
-from fxcompress.pass_base import Analysis, Pass, describe
+from fxcompress.pass_base import Analysis, Guarantee, Pass, Transform, describe
 
 GROUP = "fxcompress.passes"
 
@@ -84,7 +84,7 @@ def register(cls: PassClass) -> PassClass:
     Raises:
         InputError: If it is not a concrete pass, or the name is taken.
     """
-    _check_pass(cls, f"{getattr(cls, '__module__', '?')}.{getattr(cls, '__qualname__', cls)}")
+    check_pass(cls, f"{getattr(cls, '__module__', '?')}.{getattr(cls, '__qualname__', cls)}")
     previous = _registered.get(cls.name)
     if previous is not None and _path(previous) != _path(cls):
         raise InputError(f"the pass name {cls.name!r} is taken by {_path(previous)}; rename {_path(cls)}")
@@ -144,14 +144,15 @@ def _load(point: EntryPoint) -> type[Pass]:
         raise InputError(
             f"the pass {point.name!r} cannot be loaded from {where}: {error}; update or remove it"
         ) from error
-    _check_pass(cls, where)
+    check_pass(cls, where)
     if cls.name != point.name:
         raise InputError(f"{where} is offered as {point.name!r} but names itself {cls.name!r}; make the two agree")
     checked: type[Pass] = cls
     return checked
 
 
-def _check_pass(cls: object, where: str) -> None:
+def check_pass(cls: object, where: str) -> None:
+    """Raises :class:`InputError` unless ``cls`` is a complete pass class; ``where`` names it in the message."""
     if not (isinstance(cls, type) and issubclass(cls, Pass)):
         raise InputError(f"{where} is not a pass; derive it from fxcompress.Analysis or fxcompress.Transform")
     if inspect.isabstract(cls):
@@ -162,4 +163,6 @@ def _check_pass(cls: object, where: str) -> None:
     name = getattr(cls, "name", None)
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InputError(f"{where} has the name {name!r}; give the class a kebab-case 'name' such as 'fold-batchnorm'")
+    if issubclass(cls, Transform) and getattr(cls, "guarantee", None) not in get_args(Guarantee):
+        raise InputError(f"{where} does not say what it guarantees; set guarantee = 'exact' or 'lossy' on the class")
     options_of(cls)

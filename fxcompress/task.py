@@ -21,7 +21,7 @@ class Task:
         training: Batches to train on, usually a ``DataLoader``; iterated once per epoch.
         loss: ``loss(outputs, batch)`` -> scalar tensor.
         evaluate: ``evaluate(module)`` -> the metric's value.
-        metric: What ``evaluate`` measures, for reports.
+        metric: What ``evaluate`` measures, for reports; its last word may be a unit, as in ``top-1 %``.
         inputs: ``inputs(batch)`` -> the model's inputs, in any form ``trace`` takes. By default a tuple or list batch
             holds the inputs first, as in ``(images, labels)``, and any other batch is the inputs.
 
@@ -82,7 +82,8 @@ def _check_batches(name: str, batches: Any) -> None:
         raise InputError(f"Task.{name} must be an iterable of batches, not {batches!r}")
     if isinstance(batches, Iterator):
         raise InputError(
-            f"Task.{name} is a {type(batches).__name__}, which can be read only once; give list(...) of it or a DataLoader"
+            f"Task.{name} is a {type(batches).__name__}, which can be read only once; "
+            "give list(...) of it or a DataLoader"
         )
     if isinstance(batches, Sized) and len(batches) == 0:
         raise InputError(f"Task.{name} has no batches; give at least one")

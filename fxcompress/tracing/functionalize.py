@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import fx
 from torch._ops import OpOverload
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.node import map_arg
 
 from fxcompress.errors import CaptureError
 from fxcompress.ops import bind
@@ -40,11 +43,18 @@ def is_mutating(node: fx.Node) -> bool:
 
 
 class _Functionalizer:
+    """Walks a graph in order and keeps track of which nodes share memory.
+
+    ``parent`` leads from a view to what it is a view of, ``views`` back, and ``recipe`` to the node whose operation takes
+    the view (a view that was written to is computed by another operation, but is taken again by this one).
+    """
+
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
         self.order = {node: index for index, node in enumerate(graph.nodes)}
         self.parent: dict[fx.Node, fx.Node] = {}
         self.views: dict[fx.Node, list[fx.Node]] = {}
+        self.recipe: dict[fx.Node, fx.Node] = {}
 
     def visit(self, node: fx.Node) -> None:
         if is_mutating(node):
@@ -52,43 +62,45 @@ class _Functionalizer:
             return
         source = _viewed(node)
         if source is not None:
-            self.parent[node] = source
-            self.views.setdefault(source, []).append(node)
+            self._link(node, source, node)
+
+    def _link(self, view: fx.Node, source: fx.Node, recipe: fx.Node) -> None:
+        self.parent[view] = source
+        self.views.setdefault(source, []).append(view)
+        self.recipe[view] = recipe
 
     def _rewrite(self, node: fx.Node) -> None:
         target = node.args[0]
         if not isinstance(target, fx.Node):
             raise CaptureError(f"{node.target} writes into a list of tensors, which has no functional form here")
-        now = self.order[node]
-        with self.graph.inserting_before(node):
-            value = _functional(self.graph, node, target)
-        root, path = self._path(target)
+        path = self._path(target)
+        root = path[-1]
         if root.op == "get_attr" and not _is_constant(root):
             raise CaptureError(
                 f"the model writes into its own state {root.target!r} in eval mode; a Program is a pure function: pass "
                 "the state as an input, or use fxcompress.trace_islands"
             )
-        node.replace_all_uses_with(value)
-        self.order[value] = now
-        aliases = [alias for alias in self._family(root) if alias is not target and self._read_after(alias, now)]
-        versions = {target: value}
-        if aliases:
-            with self.graph.inserting_before(node):
+        now = self.order[node]
+        with self.graph.inserting_before(node):
+            value = _functional(self.graph, node, target)
+            node.replace_all_uses_with(value)
+            versions = {target: value}
+            stale = [alias for alias in self._family(root) if alias is not target and self._read_after(alias, now)]
+            if stale:
                 self._scatter(path, versions)
-                self._retake(root, aliases, versions)
-        for old, new in versions.items():
-            self._move_later_uses(old, new, now)
+                self._retake(stale, versions)
+        self._succeed(versions, now)
         self.graph.erase_node(node)
 
-    def _path(self, node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
-        """The tensor that owns the memory, and the views from ``node`` up to (without) it."""
-        path = []
-        while node in self.parent:
-            path.append(node)
-            node = self.parent[node]
-        return node, path
+    def _path(self, node: fx.Node) -> list[fx.Node]:
+        """A node, what it is a view of, and so on up to the tensor that owns the memory."""
+        path = [node]
+        while path[-1] in self.parent:
+            path.append(self.parent[path[-1]])
+        return path
 
     def _family(self, root: fx.Node) -> list[fx.Node]:
+        """All nodes that share the memory of ``root``."""
         members, pending = [], [root]
         while pending:
             member = pending.pop()
@@ -97,45 +109,38 @@ class _Functionalizer:
         return members
 
     def _read_after(self, node: fx.Node, now: int) -> bool:
-        return (
-            any(self.order.get(user, now) > now and _viewed(user) is None for user in node.users)
-            or any(self.order.get(view, now) > now for view in self.views.get(node, []))
-            or any(self.order.get(user, now) > now for user in node.users)
-        )
+        return any(self.order.get(user, now) > now for user in node.users)
 
     def _scatter(self, path: list[fx.Node], versions: dict[fx.Node, fx.Node]) -> None:
-        for view in path:
-            parent = self.parent[view]
-            made = _scatter_into(self.graph, view, parent, versions[view])
+        """Writes the new value of a view into what it is a view of, up to the owner of the memory."""
+        for view, parent in pairwise(path):
+            made = _scatter_into(self.graph, self.recipe[view], parent, versions[view])
             made.meta = dict(parent.meta)
             versions[parent] = made
 
-    def _retake(self, root: fx.Node, aliases: list[fx.Node], versions: dict[fx.Node, fx.Node]) -> None:
+    def _retake(self, stale: list[fx.Node], versions: dict[fx.Node, fx.Node]) -> None:
         """Other views that are read later are taken again from the new value."""
-        wanted: dict[fx.Node, None] = {}
-        for alias in aliases:
-            _, path = self._path(alias)
-            wanted.update(dict.fromkeys(path))
-        for view in sorted(wanted, key=lambda node: self.order[node]):
-            if view not in versions:
-                source = self.parent[view]
-                again = self.graph.node_copy(
-                    view, lambda operand, source=source: versions[source] if operand is source else operand
-                )
-                again.meta = dict(view.meta)
-                versions[view] = again
+        for alias in stale:
+            for view in reversed(self._path(alias)):
+                if view not in versions:
+                    recipe, source = self.recipe[view], versions[self.parent[view]]
+                    original = recipe.args[0]
+                    again = self.graph.node_copy(recipe, partial(_substitute, original, source))
+                    again.meta = dict(view.meta)
+                    versions[view] = again
 
-    def _move_later_uses(self, old: fx.Node, new: fx.Node, now: int) -> None:
-        self.order[new] = now
-        old.replace_all_uses_with(
-            new, delete_user_cb=lambda user: self.order.get(user, now) > now, propagate_meta=False
-        )
-        for view in [view for view in self.views.get(old, []) if self.order[view] > now]:
-            self.views[old].remove(view)
-        if old in self.parent:
-            parent = self.parent[old]
-            self.parent[new] = parent
-            self.views[parent].append(new)
+    def _succeed(self, versions: dict[fx.Node, fx.Node], now: int) -> None:
+        """Later users read the new versions, which are views of each other as the old ones were."""
+        for old, new in versions.items():
+            self.order[new] = now
+            old.replace_all_uses_with(new, delete_user_cb=lambda user: self.order.get(user, now) > now)
+            if old in self.parent:
+                parent = self.parent[old]
+                self._link(new, versions.get(parent, parent), self.recipe[old])
+
+
+def _substitute(old: Any, new: fx.Node, operand: fx.Node) -> fx.Node:
+    return new if operand is old else operand
 
 
 def _is_constant(node: fx.Node) -> bool:
@@ -179,13 +184,23 @@ def _functional(graph: fx.Graph, node: fx.Node, target: fx.Node) -> fx.Node:
             raise CaptureError(f"{overload} writes in place and has no functional form; rewrite it out of place")
         value = graph.call_function(functional, node.args, node.kwargs)
     value.meta = dict(node.meta)
+    return _kept_dtype(graph, node, value)
+
+
+def _kept_dtype(graph: fx.Graph, node: fx.Node, value: fx.Node) -> fx.Node:
+    """A write keeps its target's dtype, where the functional operation would promote it."""
     kept = node.meta["val"].dtype
-    operands = [n.meta["val"].dtype for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
-    if name != "copy_" and any(dtype != kept for dtype in operands):
-        converted = graph.call_function(aten.to.dtype, (value, kept))
-        converted.meta = dict(node.meta)
-        return converted
-    return value
+    operands = [operand.meta["val"] for operand in value.all_input_nodes]
+    if all(not isinstance(val, torch.Tensor) or val.dtype == kept for val in operands):
+        return value
+    args, kwargs = map_arg((value.args, value.kwargs), lambda operand: operand.meta["val"])
+    promoted = value.target(*args, **kwargs)  # type: ignore[operator]
+    if promoted.dtype == kept:
+        return value
+    value.meta["val"] = promoted
+    converted = graph.call_function(aten.to.dtype, (value, kept))
+    converted.meta = dict(node.meta)
+    return converted
 
 
 def _copied(graph: fx.Graph, target: fx.Node, source: Any) -> fx.Node:
@@ -255,6 +270,10 @@ def _transpose(graph: fx.Graph, parent: fx.Node, value: fx.Node, call: dict[str,
     return graph.call_function(aten.transpose.int, (value, call["dim0"], call["dim1"]))
 
 
+def _t(graph: fx.Graph, parent: fx.Node, value: fx.Node, call: dict[str, Any]) -> fx.Node:
+    return graph.call_function(aten.t.default, (value,))
+
+
 def _permute(graph: fx.Graph, parent: fx.Node, value: fx.Node, call: dict[str, Any]) -> fx.Node:
     rank = len(call["dims"])
     order = [dim % rank for dim in call["dims"]]
@@ -271,6 +290,7 @@ _INVERSES: dict[OpOverload, Inverse] = {
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
     aten.transpose.int: _transpose,
+    aten.t.default: _t,
     aten.permute.default: _permute,
     aten.diagonal.default: _diagonal,
     **dict.fromkeys(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path
+from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from fxcompress.errors import InputError
 from fxcompress.program import Interface
@@ -45,6 +45,12 @@ class ExampleInputs:
     @property
     def leaves(self) -> list[Any]:
         return tree_flatten((self.args, self.kwargs))[0]
+
+    def fresh(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The inputs as tensors of their own, for a model that may write into them."""
+        leaves = [leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        return args, kwargs
 
     def interface(self, out_spec: TreeSpec) -> Interface:
         """What callers see, once the output structure is known."""
@@ -102,7 +108,7 @@ def flatten_call(interface: Interface, args: tuple[Any, ...], kwargs: dict[str, 
         InputError: The call's structure, a dtype or a fixed size differs from the traced one.
     """
     leaves, spec = tree_flatten((args, kwargs))
-    if spec != interface.in_spec:
+    if spec != interface.in_spec and len(args) <= len(interface.names):
         by_name = dict(zip(interface.names, args, strict=False)) | kwargs
         if set(by_name) == set(interface.names):
             count = len(interface.args)

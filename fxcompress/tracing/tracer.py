@@ -136,7 +136,8 @@ def run_model(model: nn.Module, inputs: ExampleInputs) -> Any:
         return None
     with torch.no_grad(), seeded():
         try:
-            output = model(*inputs.args, **inputs.kwargs)
+            args, kwargs = inputs.fresh()
+            output = model(*args, **kwargs)
         except Exception as error:
             shapes = ", ".join(
                 f"{label}: {leaf.dtype} {tuple(leaf.shape)}" if isinstance(leaf, torch.Tensor) else f"{label}: {leaf!r}"

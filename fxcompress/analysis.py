@@ -1,0 +1,86 @@
+"""Analyses of a Program: computed once, kept on it, dropped when a transform does not preserve them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, TypeVar, overload
+
+from fxcompress import registry
+from fxcompress.errors import InputError, VerificationError, did_you_mean
+from fxcompress.fingerprint import difference, fingerprint
+from fxcompress.pass_base import Analysis, Pass
+from fxcompress.pipeline import parse
+from fxcompress.program import Program
+from fxcompress.task import Task
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Cached:
+    """The value of an analysis and the task that it was computed with."""
+
+    value: Any
+    task: Task | None
+
+
+@overload
+def analyze(program: Program, analysis: Analysis[T], task: Task | None = None) -> T: ...
+@overload
+def analyze(program: Program, analysis: str, task: Task | None = None) -> Any: ...
+def analyze(program: Program, analysis: Analysis[Any] | str, task: Task | None = None) -> Any:
+    """The value of an analysis, from the Program's cache when it is there.
+
+    A cached value is used when no task is given or it was computed with the same one.
+
+    Args:
+        program: The Program, which is not changed.
+        analysis: An analysis, or its text, such as ``cost`` or ``latency{runs=10}``.
+        task: What the analysis may need to know about the model's job.
+
+    Raises:
+        InputError: If there is no such analysis.
+        VerificationError: If the analysis changes the Program.
+    """
+    return _analyze(program, resolve(analysis), task, ())
+
+
+def resolve(analysis: Analysis[Any] | str) -> Analysis[Any]:
+    """The analysis that is meant; raises :class:`InputError` with near names if it is none."""
+    found: Any = analysis
+    if isinstance(analysis, str):
+        passes = parse(analysis).passes
+        if len(passes) > 1:
+            raise InputError(f"{analysis!r} names {len(passes)} passes; give one analysis")
+        found = passes[0]
+    if isinstance(found, Analysis):
+        return found
+    if isinstance(found, Pass):
+        known = [name for name in registry.names() if issubclass(registry.get(name), Analysis)]
+        near = did_you_mean(found.name, known) or f"; analyses: {', '.join(known)}"
+        raise InputError(f"{found.name!r} is a transform, not an analysis{near}")
+    remedy = f"{found.__name__}()" if isinstance(found, type) else "its name or an Analysis"
+    raise InputError(f"{found!r} is not an analysis; give {remedy}")
+
+
+def invalidate(program: Program, preserved: Collection[str]) -> None:
+    """Drops every cached analysis whose name is not in ``preserved``."""
+    program._analyses = {key: value for key, value in program._analyses.items() if key.name in preserved}
+
+
+def _analyze(program: Program, analysis: Analysis[Any], task: Task | None, waiting: tuple[str, ...]) -> Any:
+    cached = program._analyses.get(analysis)
+    if cached is not None and (task is None or cached.task is task):
+        return cached.value
+    if analysis.name in waiting:
+        raise InputError(f"analyses require each other: {' -> '.join([*waiting, analysis.name])}; break the circle")
+    for name in analysis.requires:
+        _analyze(program, resolve(name), task, (*waiting, analysis.name))
+    before = fingerprint(program)
+    value = analysis.run(program, task)
+    change = difference(before, fingerprint(program))
+    if change is not None:
+        raise VerificationError(f"the analysis {analysis.name!r} changed the Program ({change}); analyses only read")
+    program._analyses[analysis] = Cached(value, task)
+    return value

@@ -1,0 +1,205 @@
+"""``fxcompress compress``: from a model, or the built-in task, to a folder with the compressed model and its report."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fxcompress import digits
+from fxcompress.cli.options import MODEL_HELP, add, command, loaded
+from fxcompress.cli.output_folder import output_folder
+from fxcompress.cli.terminal import Terminal
+from fxcompress.compress import Compressed, compress
+from fxcompress.engines.export import export
+from fxcompress.errors import FxCompressError, InputError, MissingExtraError
+from fxcompress.latency import Latency, measure
+from fxcompress.pipeline import Pipeline
+from fxcompress.program import Program
+from fxcompress.recipes import choose, recipe
+from fxcompress.report import Measure, Report
+from fxcompress.report.formatting import BYTES, counted, measured, seconds
+from fxcompress.task import Task
+
+_SHOWN_REFUSALS = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What is compressed.
+
+    Attributes:
+        name: Title of the report.
+        model: The model, or a Program.
+        example_inputs: As :func:`fxcompress.compress` takes them.
+        task: What passes may know of the model's job.
+        test: Top-1 in percent on data that no pass sees.
+    """
+
+    name: str
+    model: nn.Module | Program
+    example_inputs: Any
+    task: Task | None = None
+    test: Callable[[nn.Module], float] | None = None
+
+
+def add_to(commands: Any) -> None:
+    """Adds the command."""
+    parser = command(commands, "compress", "Compress a model and write it, with its report, into a folder", run)
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", help=f"{MODEL_HELP} (default: a network trained on scikit-learn's digits)"
+    )
+    passes = parser.add_mutually_exclusive_group()
+    add(passes, "--pipeline", "--recipe")
+    parser.add_argument(
+        "-o", "--output", metavar="DIR", default="fxcompress-out", help="folder for the files (default: fxcompress-out)"
+    )
+    parser.add_argument(
+        "--epochs", type=int, metavar="N", help=f"epochs of the built-in training (default: {digits.EPOCHS})"
+    )
+    add(parser, "--batch", "--input", "--seed")
+
+
+def run(options: argparse.Namespace, terminal: Terminal) -> None:
+    """Compresses, measures, prints and writes."""
+    pipeline = _pipeline(options)
+    _check(options)
+    with output_folder(options.output) as folder:
+        job = _given(options, terminal) if options.model else _digits(options, terminal)
+        with terminal.working(f"compressing {job.name}: {pipeline}"):
+            out = compress(job.model, job.example_inputs, pipeline, task=job.task)
+        before, after = _latency(out, options.batch, terminal)
+        out = replace(out, report=_completed(out, job, before, after, options.batch))
+        _show(out.report, terminal)
+        terminal.line(_latency_line(before, after))
+        missing = _write(out, folder, terminal)
+        sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+    _show_files(Path(options.output), sizes, missing, terminal)
+
+
+def _pipeline(options: argparse.Namespace) -> Pipeline:
+    return choose(options.pipeline) if options.pipeline is not None else recipe(options.recipe or "default")
+
+
+def _check(options: argparse.Namespace) -> None:
+    """What would otherwise be found only after long work."""
+    if options.batch < 1:
+        raise InputError(f"cannot measure a batch of {options.batch}; give --batch at least 1")
+    if options.model and options.epochs is not None:
+        raise InputError("--epochs is for the built-in task; leave it out, or leave out MODEL")
+    if not options.model and options.input:
+        raise InputError("--input is for a MODEL; leave it out, or name a model")
+
+
+def _given(options: argparse.Namespace, terminal: Terminal) -> Job:
+    found = loaded(options.model, options, terminal)
+    return Job(found.name, found.model, found.example_inputs)
+
+
+def _digits(options: argparse.Namespace, terminal: Terminal) -> Job:
+    """The built-in task."""
+    data = digits.load_digits()
+    with terminal.progress("training on scikit-learn's digits", "epochs") as bar:
+        bar(0, options.epochs or digits.EPOCHS)
+        model = digits.train(
+            data,
+            digits.EPOCHS if options.epochs is None else options.epochs,
+            options.seed,
+            on_epoch=lambda epoch: bar(epoch.number, epoch.total, f"loss {epoch.loss:.3f}"),
+        )
+    return Job(
+        "residual network on digits",
+        model,
+        data.test.tensors[0][:2],
+        data.task(),
+        lambda module: digits.top1(module, data.test),
+    )
+
+
+def _latency(out: Compressed, batch: int, terminal: Terminal) -> tuple[Latency, Latency]:
+    args, kwargs = out.before.interface.resized(batch)
+    calls = {
+        "before": partial(out.before.emit(), *args, **kwargs),
+        "after": partial(out.model, *args, **kwargs),
+    }
+    with terminal.progress("measuring latency", "rounds") as bar:
+        found = measure(calls, on_round=bar)
+    return found["before"], found["after"]
+
+
+def _completed(out: Compressed, job: Job, before: Latency, after: Latency, batch: int) -> Report:
+    """The report with what the command measured."""
+    measures = list(out.report.measures)
+    if job.test is not None:
+        measures.append(Measure("top-1 (test)", job.test(out.before.emit()), job.test(out.model), "%"))
+    measures.append(Measure(f"latency (eager, batch {batch})", before.median * 1e3, after.median * 1e3, "ms"))
+    return replace(out.report, title=job.name, measures=tuple(measures))
+
+
+def _latency_line(before: Latency, after: Latency) -> str:
+    spread = max(before.spread, after.spread) / 2
+    return (
+        f"\nlatency: {after.speedup_over(before):.2f}x as fast; medians of {len(after.samples)} interleaved rounds, "
+        f"± {100 * spread:.0f} %"
+    )
+
+
+def _show(report: Report, terminal: Terminal) -> None:
+    terminal.heading(report.title)
+    terminal.table(
+        ["", ">before", ">after", ">change"],
+        [[row.name, *measured(row.before, row.after, row.unit)] for row in report.totals()],
+    )
+    terminal.line()
+    terminal.table(
+        ["|pass", ">time", "|did", "|error"],
+        [
+            [row.text, seconds(row.seconds), row.counts if row.changed else "nothing to do", row.error]
+            for row in report.passes
+        ],
+    )
+    if report.refusals:
+        terminal.heading(f"\n{counted(len(report.refusals), 'refusal')}")
+        for refusal in report.refusals[:_SHOWN_REFUSALS]:
+            terminal.line(f"  {refusal}")
+        if len(report.refusals) > _SHOWN_REFUSALS:
+            terminal.line(f"  and {len(report.refusals) - _SHOWN_REFUSALS} more, in the report")
+
+
+def _write(out: Compressed, folder: Path, terminal: Terminal) -> list[str]:
+    """Writes all files; gives a line for each that could not be made."""
+    missing = []
+    with terminal.working("writing model.pt2"):
+        out.save(folder / "model.pt2")
+    with terminal.working("writing and checking model.onnx"):
+        try:
+            export(out.program, folder / "model.onnx")
+        except MissingExtraError as error:
+            missing.append(f"model.onnx is left out: {error}")
+        except FxCompressError as error:  # the rest is worth having without it
+            missing.append(f"model.onnx is left out: {error}".replace(f"{folder}/", ""))
+    out.report.to_html(folder / "report.html")
+    (folder / "report.json").write_text(out.report.to_json(), encoding="utf-8")
+    return missing
+
+
+_CONTENTS = {
+    "model.onnx": "for onnxruntime and other engines",
+    "model.pt2": "for fxcompress.load",
+    "report.html": "every layer, before and after",
+    "report.json": "the same as data",
+}
+
+
+def _show_files(folder: Path, sizes: dict[str, int], missing: list[str], terminal: Terminal) -> None:
+    terminal.line()
+    width = max(len(str(folder / name)) for name in sizes)
+    for name, size in sizes.items():
+        terminal.line(f"{folder / name!s:{width}}  {BYTES.text(size):>9}  {_CONTENTS[name]}")
+    for line in missing:
+        terminal.line(line)

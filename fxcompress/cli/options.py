@@ -1,0 +1,64 @@
+"""The options that commands share, each defined once, and the models that they lead to."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from fxcompress.cli.terminal import Terminal
+from fxcompress.example_inputs import BATCH, SYNTAX
+from fxcompress.models import FORMS, LoadedModel, load_model
+from fxcompress.program import Program
+from fxcompress.recipes import RECIPES
+from fxcompress.tracing import trace
+
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "--batch": {
+        "type": int,
+        "default": 1,
+        "metavar": "N",
+        "help": "rows of input when latency is measured (default: 1)",
+    },
+    "--debug": {"action": "store_true", "help": "log what happens, and show where an error comes from"},
+    "--input": {
+        "action": "append",
+        "default": [],
+        "metavar": "SIZES",
+        "help": f"an example input without its batch dim ({BATCH} rows are made), in the form {SYNTAX}; "
+        "once for each input (default: what the model's source declares)",
+    },
+    "--recipe": {"metavar": "NAME", "help": f"pipeline by name: {', '.join(RECIPES)} (default: default)"},
+    "--pipeline": {"metavar": "TEXT", "help": "passes to run, such as 'fold-constants,fold-batchnorm'"},
+    "--rounds": {"type": int, "default": 25, "metavar": "N", "help": "rounds of measurements at most (default: 25)"},
+    "--seed": {"type": int, "default": 0, "metavar": "N", "help": "seed of random weights and inputs (default: 0)"},
+}
+
+MODEL_HELP = FORMS
+
+
+def command(commands: Any, name: str, summary: str, run: Any) -> argparse.ArgumentParser:
+    """A command's parser, with what every command takes."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=f"{summary}.")
+    parser.set_defaults(command=run)
+    add(parser, "--debug")
+    return parser
+
+
+def add(parser: Any, *names: str) -> None:
+    """Adds shared options to a parser."""
+    for name in names:
+        parser.add_argument(name, **_OPTIONS[name])
+
+
+def loaded(reference: str, options: argparse.Namespace, terminal: Terminal) -> LoadedModel:
+    """The model that a reference names, with the inputs that the options say."""
+    with terminal.working(f"loading {reference}"):
+        return load_model(reference, options.input, options.seed)
+
+
+def traced(found: LoadedModel, terminal: Terminal) -> Program:
+    """A loaded model as a Program."""
+    if isinstance(found.model, Program):
+        return found.model
+    with terminal.working(f"tracing {found.name}"):
+        return trace(found.model, found.example_inputs)

@@ -1,0 +1,123 @@
+"""``compress``: from a model to a smaller one in a single call."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from fxcompress.errors import InputError
+from fxcompress.manager import PassManager
+from fxcompress.pass_base import Pass
+from fxcompress.pipeline import Pipeline
+from fxcompress.program import Program
+from fxcompress.recipes import choose
+from fxcompress.report.formatting import UNITS
+from fxcompress.report.rows import Measure
+from fxcompress.task import Task
+from fxcompress.tracing import trace
+from fxcompress.tracing.inputs import Dynamic
+
+if TYPE_CHECKING:
+    from fxcompress.report import Report
+
+
+@dataclass(frozen=True, eq=False)
+class Compressed:
+    """A compressed model.
+
+    Attributes:
+        program: The Program after the last pass.
+        report: What was done, layer by layer and pass by pass, and what was refused.
+        pipeline: The passes that ran.
+        before: The Program as traced.
+    """
+
+    program: Program
+    report: Report
+    pipeline: Pipeline
+    before: Program = field(repr=False)
+
+    @cached_property
+    def model(self) -> fx.GraphModule:
+        """The compressed model: trainable, with the original's signature and weights of its own."""
+        return self.program.emit()
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes :attr:`program` as an artifact that :func:`fxcompress.load` reads.
+
+        What :attr:`model` learned since is not in it; trace the trained model to save it.
+
+        Raises:
+            ArtifactError: If the file cannot be written.
+        """
+        from fxcompress.artifact import save
+
+        save(self.program, path, pipeline=str(self.pipeline), report=json.loads(self.report.to_json()))
+
+    def __repr__(self) -> str:
+        return f"Compressed({repr(self.report).removeprefix('Report(')}"
+
+
+def compress(
+    model: nn.Module | ExportedProgram | Program,
+    example_inputs: Any = None,
+    pipeline: str | Pipeline | Sequence[Pass] = "default",
+    *,
+    task: Task | None = None,
+    dynamic: Dynamic | None = None,
+    batch_dim: int | None = 0,
+) -> Compressed:
+    """Traces a model and runs a pipeline on it; the model itself is not changed.
+
+    Args:
+        model: What :func:`fxcompress.trace` takes, or a Program.
+        example_inputs: As for :func:`fxcompress.trace`; not needed for a Program.
+        pipeline: Name of a recipe, pipeline text, or passes.
+        task: What is known about the model's job; with ``task.evaluate``, the report gets its value before and after.
+        dynamic: As for :func:`fxcompress.trace`.
+        batch_dim: As for :func:`fxcompress.trace`.
+
+    Raises:
+        InputError: If the inputs do not fit the model, or the pipeline is wrong (found before anything is traced).
+        CaptureError: If the model cannot be captured as a whole.
+        VerificationError: If a pass breaks the model.
+    """
+    manager = PassManager(choose(pipeline))
+    traced = _traced(model, example_inputs, dynamic, batch_dim)
+    result = manager.run(traced, task)
+    report = result.report
+    if task is not None and task.evaluate is not None:
+        report = replace(report, measures=(*report.measures, _metric(task, traced, result.program)))
+    return Compressed(result.program, report, manager.pipeline, traced)
+
+
+def _traced(model: Any, example_inputs: Any, dynamic: Dynamic | None, batch_dim: int | None) -> Program:
+    if not isinstance(model, Program):
+        return trace(model, example_inputs, dynamic=dynamic, batch_dim=batch_dim)
+    if example_inputs is not None or dynamic is not None:
+        raise InputError("a Program has its example inputs and dynamic dims: leave out example_inputs and dynamic")
+    return model
+
+
+def _metric(task: Task, before: Program, after: Program) -> Measure:
+    """The task's metric on both; the last word of its name may be a unit, as in ``top-1 %``."""
+    name, _, unit = task.metric.rpartition(" ")
+    if not name or unit not in UNITS:
+        name, unit = task.metric, ""
+    return Measure(name, _evaluate(task, before), _evaluate(task, after), unit)
+
+
+def _evaluate(task: Task, program: Program) -> float:
+    assert task.evaluate is not None
+    value: Any = task.evaluate(program.emit())
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise InputError(f"Task.evaluate must return a number, not {value!r}") from None

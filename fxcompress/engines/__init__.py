@@ -1,0 +1,1 @@
+"""Engines that run the result, and the files that they read."""

@@ -1,0 +1,133 @@
+"""``compile``: a model as a callable that runs on an engine, called the way the model is called."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from fxcompress.emit import INTERFACE
+from fxcompress.engines.export import export, tensor_names
+from fxcompress.engines.formats import FORMATS, Run
+from fxcompress.errors import InputError, did_you_mean
+from fxcompress.program import Interface, Program
+from fxcompress.tracing import trace
+from fxcompress.tracing.inputs import flatten_call
+
+
+@dataclass(frozen=True, eq=False)
+class CompiledModel:
+    """A model on an engine; call it as you call the model. It computes no gradients.
+
+    Attributes:
+        engine: Name of the engine.
+        interface: How it is called, with the example inputs.
+        size: Bytes of the file that the engine reads; of the weights, where it reads none.
+        call: What is called.
+    """
+
+    engine: str
+    interface: Interface = field(repr=False)
+    size: int
+    call: Callable[..., Any] = field(repr=False)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return self.call(*args, **kwargs)
+
+
+def compile(
+    model: nn.Module | Program | CompiledModel, engine: str = "openvino", example_inputs: Any = None
+) -> CompiledModel:
+    """Prepares a model for an engine; dims that were dynamic when it was traced stay so.
+
+    Args:
+        model: A Program, a module that a Program emitted, or any other module with its example inputs. The result keeps
+            its weights of now (``eager`` and ``inductor`` share them).
+        engine: ``eager``, ``inductor``, ``onnxruntime`` or ``openvino``; the last two run on the CPU.
+        example_inputs: As for :func:`fxcompress.trace`, where the model does not carry its own.
+
+    Raises:
+        InputError: If there is no such engine, or no example inputs.
+        MissingExtraError: If a package that the engine needs is not installed.
+        CaptureError: If the model cannot be captured as a whole.
+        ArtifactError: If the engine does not know an operator of the model.
+        VerificationError: If the engine computes something else.
+    """
+    if engine not in ENGINES:
+        near = did_you_mean(engine, ENGINES) or f"; engines: {', '.join(ENGINES)}"
+        raise InputError(f"there is no engine {engine!r}{near}")
+    module = _emitted(model, example_inputs)
+    interface: Interface = module.meta[INTERFACE]
+    call, size = ENGINES[engine](module, interface)
+    return CompiledModel(engine, interface, size, call)
+
+
+def _emitted(model: Any, example_inputs: Any) -> fx.GraphModule:
+    """A module that carries its interface."""
+    if isinstance(model, Program):
+        return model.emit()
+    if isinstance(model, fx.GraphModule) and INTERFACE in model.meta and example_inputs is None:
+        return model
+    if example_inputs is None:
+        raise InputError(f"this {type(model).__name__} carries no example inputs; pass example_inputs")
+    return trace(model, example_inputs).emit()
+
+
+Built = tuple[Callable[..., Any], int]
+
+
+def _eager(module: fx.GraphModule, interface: Interface) -> Built:
+    return module.eval(), _weight_bytes(module)
+
+
+def _inductor(module: fx.GraphModule, interface: Interface) -> Built:
+    return torch.compile(module.eval(), backend="inductor"), _weight_bytes(module)
+
+
+def _weight_bytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+@dataclass(frozen=True, eq=False)
+class _File:
+    """Runs an exported file; the folder stays as long as this, since engines may map files into memory."""
+
+    folder: tempfile.TemporaryDirectory[str]
+    run: Run
+    interface: Interface
+    output: Any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        leaves = flatten_call(self.interface, args, kwargs)
+        found = iter(self.run([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]))
+        example, spec = tree_flatten(self.output)
+        return tree_unflatten([next(found) if isinstance(leaf, torch.Tensor) else leaf for leaf in example], spec)
+
+
+def _from_file(suffix: str) -> Callable[[fx.GraphModule, Interface], Built]:
+    def build(module: fx.GraphModule, interface: Interface) -> Built:
+        folder = tempfile.TemporaryDirectory(prefix="fxcompress-")
+        file = Path(folder.name) / f"model{suffix}"
+        size = export(module, file).size
+        with torch.no_grad():
+            output = module(*interface.args, **interface.kwargs)
+        run = FORMATS[suffix].open(file, tensor_names(interface, output))
+        return _File(folder, run, interface, output), size
+
+    return build
+
+
+ENGINES: Mapping[str, Callable[[fx.GraphModule, Interface], Built]] = {
+    "eager": _eager,
+    "inductor": _inductor,
+    "onnxruntime": _from_file(".onnx"),
+    "openvino": _from_file(".xml"),
+}
+"""Engine -> what builds a callable for a module in eval mode, and gives its size in bytes."""

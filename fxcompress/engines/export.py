@@ -1,0 +1,204 @@
+"""``export``: a model as the file of an engine, checked by running the file."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path
+
+from fxcompress.emit import INTERFACE, with_signature
+from fxcompress.engines.formats import Format, Names, format_of
+from fxcompress.errors import ArtifactError, CaptureError, InputError, MissingExtraError, VerificationError
+from fxcompress.numerics import compare_outputs
+from fxcompress.program import Interface, Program
+from fxcompress.staging import staged
+from fxcompress.tracing.inputs import prepare
+from fxcompress.tracing.untouched import borrowed, seeded
+
+TOLERANCES = {
+    torch.float64: 1e-5,  # engines may compute in float32
+    torch.float32: 1e-4,
+    torch.float16: 2e-2,
+    torch.bfloat16: 5e-2,
+}
+"""Largest error that an engine may add, relative to the largest reference value, by the output's dtype."""
+
+QUANTIZED_TOLERANCE = 0.1
+"""The same for models with fake-quantized values, where a difference in the last bit can become a whole step."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that was written and checked.
+
+    Attributes:
+        path: The file.
+        size: Bytes of the file (with the weights beside it, for OpenVINO).
+        max_relative_error: Largest difference from the model, relative to the largest value of an output.
+    """
+
+    path: Path
+    size: int
+    max_relative_error: float
+
+    def __str__(self) -> str:
+        return f"{self.path} ({self.size / 2**20:.2f} MiB, max relative error {self.max_relative_error:.1e})"
+
+
+def export(model: fx.GraphModule | Program, path: str | os.PathLike[str], example_inputs: Any = None) -> Exported:
+    """Writes a model as ONNX (``.onnx``), OpenVINO IR (``.xml`` and ``.bin``) or a ``torch.export`` archive (``.pt2``).
+
+    The file keeps the dynamic dims the model was traced with. It is run on the example inputs at two batch sizes and
+    compared with the model before it takes its place; if it is off, nothing is written.
+
+    Args:
+        model: A Program, or a module that a Program emitted. It is not changed; it is exported in eval mode.
+        path: Where to; the suffix selects the format.
+        example_inputs: As for :func:`fxcompress.trace`, where the model does not carry its own (after unpickling).
+
+    Returns:
+        What was written.
+
+    Raises:
+        InputError: Unknown suffix, no example inputs, weights on the meta device, or a dtype that the engine cannot
+            take.
+        MissingExtraError: A package that the format needs is not installed.
+        ArtifactError: The path cannot be written, or an operator has no counterpart in the format.
+        VerificationError: The file computes something else; the message names the output and the error.
+    """
+    file = Path(path)
+    target = format_of(file)
+    for package in target.packages:
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError(package, target.extra, target.purpose)
+    module, interface = _resolve(model, example_inputs)
+    with borrowed(module):
+        try:
+            return _write(module, interface, file, target)
+        except (CaptureError, ArtifactError) as error:
+            if str(file) in str(error):
+                raise
+            raise ArtifactError(f"{file} cannot be written: {error}") from error
+
+
+def _resolve(model: fx.GraphModule | Program, example_inputs: Any) -> tuple[fx.GraphModule, Interface]:
+    interface: Interface | None
+    if isinstance(model, Program):
+        module, interface = with_signature(model, lambda tensor: tensor), model.interface
+    elif isinstance(model, fx.GraphModule):
+        module, interface = model, model.meta.get(INTERFACE)
+    else:
+        raise InputError(
+            f"export takes a Program or an emitted GraphModule, not {type(model).__name__}; "
+            "trace it first with fxcompress.trace"
+        )
+    if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+        raise InputError("the model is on the meta device and has no weights to export; load them first")
+    if example_inputs is not None:
+        inputs = prepare(module, example_inputs)
+        interface = inputs.interface(inputs.spec)
+    if interface is None:
+        raise InputError(
+            "this GraphModule carries no example inputs (unpickled, or not emitted here); pass example_inputs"
+        )
+    return module, interface
+
+
+def _write(module: fx.GraphModule, interface: Interface, file: Path, target: Format) -> Exported:
+    calls = _calls(interface)
+    with torch.no_grad(), seeded():
+        outputs = [module(*args, **kwargs) for args, kwargs in calls]
+    expected = [_tensors(output) for output in outputs]
+    names = tensor_names(interface, outputs[0])
+    _check_dtypes([*_tensors(calls[0]), *expected[0]], target)
+    with staged(file) as staging:
+        target.write(module, interface, staging, names)
+        run = target.open(staging, names)
+        errors = []
+        for call, reference in zip(calls, expected, strict=True):
+            with seeded():
+                found = run(_tensors(call))
+            errors.append(_check(file, names, reference, found, _is_quantized(module)))
+        size = sum(made.stat().st_size for made in staging.parent.iterdir())
+    return Exported(file, size, max(errors))
+
+
+def _calls(interface: Interface) -> list[Any]:
+    rows = interface.batch_size
+    first = (interface.args, interface.kwargs)
+    return [first] if rows is None else [first, interface.resized(rows + 1)]
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, torch.Tensor)]
+
+
+def _check_dtypes(tensors: list[torch.Tensor], target: Format) -> None:
+    for tensor in tensors:
+        if tensor.dtype in target.unsupported:
+            raise InputError(
+                f"{target.purpose.removeprefix('Export to ')} files cannot be run on {tensor.dtype} inputs or outputs; "
+                "convert the model to torch.float32 or torch.float16, or export to .pt2"
+            )
+
+
+def _is_quantized(module: fx.GraphModule) -> bool:
+    return any(getattr(node.target, "namespace", None) == "quantized_decomposed" for node in module.graph.nodes)
+
+
+def _check(file: Path, names: Names, expected: list[torch.Tensor], found: list[torch.Tensor], quantized: bool) -> float:
+    """The largest relative error over all outputs; raises :class:`VerificationError` where it is too large."""
+    worst = 0.0
+    for name, reference, value in zip(names.outputs, expected, found, strict=True):
+        batch = f"with input rows as in output shape {tuple(reference.shape)}"
+        try:
+            error = compare_outputs([reference.cpu()], [value.cpu()]).max_rel_error
+        except VerificationError as wrong:
+            reason = str(wrong).removeprefix("output 0 ")
+            raise VerificationError(f"{file} was not written: output {name!r} {reason} ({batch})") from wrong
+        allowed = QUANTIZED_TOLERANCE if quantized else TOLERANCES.get(reference.dtype, 0.0)
+        if not error <= allowed:
+            raise VerificationError(
+                f"{file} was not written: output {name!r} differs from the model by {error:.2e} of its largest value "
+                f"(allowed: {allowed:.0e}; {batch}); export to another format, and report it"
+            )
+        worst = max(worst, error)
+    return worst
+
+
+def tensor_names(interface: Interface, output: Any) -> Names:
+    """Names after the caller's parameters and the keys of the output."""
+    taken: set[str] = set()
+    leaves = tree_flatten_with_path((interface.args, interface.kwargs))[0]
+    tensors = [(index, path) for index, (path, leaf) in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    inputs = [_fresh(_input_label(path, interface), taken) for _, path in tensors]
+    results = tree_flatten_with_path(output)[0]
+    outputs = [_fresh(_output_label(path), taken) for path, leaf in results if isinstance(leaf, torch.Tensor)]
+    batch = tuple(interface.batch.get(index) for index, _ in tensors)
+    return Names(tuple(inputs), tuple(outputs), batch)
+
+
+def _input_label(path: tuple[Any, ...], interface: Interface) -> str:
+    top = interface.names[path[1].idx] if path[0].idx == 0 else str(path[1].key)
+    return top + keystr(path[2:])
+
+
+def _output_label(path: tuple[Any, ...]) -> str:
+    label = keystr(path)
+    return f"output{label}" if not label or re.fullmatch(r"(\[\d+\])+", label) else label
+
+
+def _fresh(label: str, taken: set[str]) -> str:
+    stem = re.sub(r"\W+", "_", label).strip("_") or "value"
+    name, count = stem, 1
+    while name in taken:
+        name, count = f"{stem}_{count}", count + 1
+    taken.add(name)
+    return name

@@ -1,0 +1,147 @@
+"""What each layer of a model costs: parameters, multiply-accumulates (MACs) and bytes.
+
+Sizes come from the graph's symbolic shapes, so nothing runs and models on the meta device are fine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import fx, nn
+from torch.utils._pytree import tree_leaves
+
+from fxcompress.example_sizes import ExampleSizes
+from fxcompress.macs import RULES, ShapedCall
+from fxcompress.ops import Operation, operation, state_read
+from fxcompress.pass_base import Analysis
+from fxcompress.program import Program
+from fxcompress.task import Task
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """The cost of one call of a layer, for one sample.
+
+    Attributes:
+        name: Qualified module name, or the node's name where the call is no module; ``name@1`` is a second call.
+        kind: Class of the module, or name of the operator.
+        params: Elements of the parameters that no earlier row has; 0 where all are shared with one.
+        macs: Multiply-accumulates.
+        weight_bytes: Bytes of parameters and buffers that no earlier row has.
+        activation_bytes: Bytes of the output.
+        output_shape: Shape of the (first) output.
+        dtype: Element type of the (first) output.
+    """
+
+    name: str
+    kind: str
+    params: int
+    macs: int
+    weight_bytes: int
+    activation_bytes: int
+    output_shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class CostReport:
+    """The cost of a model for one sample of its example inputs.
+
+    Attributes:
+        layers: One row a call that reads state or multiplies, in execution order.
+    """
+
+    layers: tuple[LayerCost, ...]
+
+    @cached_property
+    def params(self) -> int:
+        """Elements of all parameters, shared ones counted once."""
+        return sum(layer.params for layer in self.layers)
+
+    @cached_property
+    def macs(self) -> int:
+        """Multiply-accumulates."""
+        return sum(layer.macs for layer in self.layers)
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """Bytes of all parameters and buffers, shared ones counted once."""
+        return sum(layer.weight_bytes for layer in self.layers)
+
+    @cached_property
+    def activation_bytes(self) -> int:
+        """Bytes of the outputs of all layers."""
+        return sum(layer.activation_bytes for layer in self.layers)
+
+
+@dataclass(frozen=True)
+class Cost(Analysis[CostReport]):
+    """Counts parameters, MACs, weight and activation bytes of each layer.
+
+    A dynamic batch counts as 1; every other dynamic size, and a fixed batch, as in the example inputs.
+    """
+
+    name: ClassVar[str] = "cost"
+
+    def run(self, program: Program, task: Task | None) -> CostReport:
+        sizes = ExampleSizes(program)
+        counted: set[int] = set()
+        calls: Counter[str] = Counter()
+        layers = []
+        for node in program.nodes:
+            if node.op in ("placeholder", "get_attr"):
+                continue
+            state = {id(tensor): tensor for tensor in _state(program.graph_module, node)}
+            call = operation(program.graph_module, node)
+            products = _macs(call, sizes) if call is not None else 0
+            if state or products:
+                own = [tensor for key, tensor in state.items() if key not in counted]
+                counted |= state.keys()
+                layers.append(_row(program.graph_module, node, own, products, sizes, calls))
+        return CostReport(tuple(layers))
+
+
+def _macs(call: Operation, sizes: ExampleSizes) -> int:
+    if call.overload not in RULES:
+        return 0
+    return RULES[call.overload](ShapedCall(sizes.shapes(dict(call.arguments)), sizes.shape(_outputs(call.node)[0])))
+
+
+def _outputs(node: fx.Node) -> list[torch.Tensor]:
+    return [value for value in tree_leaves(node.meta.get("val")) if isinstance(value, torch.Tensor)]
+
+
+def _state(graph_module: fx.GraphModule, node: fx.Node) -> Iterator[torch.Tensor]:
+    for reader in (node, *node.all_input_nodes):
+        if reader is node or reader.op == "get_attr":
+            yield from state_read(graph_module, reader).values()
+
+
+def _row(
+    root: nn.Module, node: fx.Node, own: list[torch.Tensor], products: int, sizes: ExampleSizes, calls: Counter[str]
+) -> LayerCost:
+    module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
+    name = node.name if module is None else str(node.target)
+    calls[name] += 1
+    outputs = _outputs(node)
+    shapes = [sizes.shape(value) for value in outputs]
+    return LayerCost(
+        name=name if calls[name] == 1 else f"{name}@{calls[name] - 1}",
+        kind=_operator(node) if module is None else type(module).__name__,
+        params=sum(tensor.numel() for tensor in own if isinstance(tensor, nn.Parameter)),
+        macs=products,
+        weight_bytes=sum(tensor.numel() * tensor.element_size() for tensor in own),
+        activation_bytes=sum(math.prod(s) * v.element_size() for s, v in zip(shapes, outputs, strict=True)),
+        output_shape=shapes[0] if shapes else (),
+        dtype=str(outputs[0].dtype).removeprefix("torch.") if outputs else "",
+    )
+
+
+def _operator(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))

@@ -1,0 +1,98 @@
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import fxcompress as fxc
+from fxcompress.bench import bench
+from fxcompress.latency import Latency
+from toys import toy_program
+
+
+class TwoWays(nn.Module):
+    """Two inputs, and a structured output."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 4)
+
+    def forward(self, x, scale):
+        y = self.linear(x) * scale
+        return {"sum": y.sum(1), "all": (y, y.relu())}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return TwoWays().eval()
+
+
+@pytest.fixture(scope="module")
+def program(model):
+    return fxc.trace(model, {"x": torch.randn(2, 6), "scale": torch.rand(2, 4)})
+
+
+@pytest.mark.parametrize("engine", ["eager", "onnxruntime", "openvino"])
+def test_it_is_called_as_the_model_is_and_gives_what_the_model_gives(program, model, engine):
+    fast = fxc.compile(program, engine)
+    x, scale = torch.randn(5, 6), torch.rand(5, 4)
+    with torch.no_grad():
+        expected = model(x=x, scale=scale)
+    torch.testing.assert_close(fast(x=x, scale=scale), expected, rtol=1e-4, atol=1e-5)
+    assert not fast(x=x, scale=scale)["sum"].requires_grad
+    assert fast.size > 0
+
+
+def test_inductor_shares_the_signature(program, model, monkeypatch):
+    # Inductor needs a C++ compiler, so that what is checked here is what it is handed.
+    backends = []
+
+    def compile_(module, *, backend):
+        backends.append(backend)
+        return module
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    x, scale = torch.randn(5, 6), torch.rand(5, 4)
+    torch.testing.assert_close(fxc.compile(program, "inductor")(x=x, scale=scale)["sum"], model(x, scale)["sum"])
+    assert backends == ["inductor"]
+
+
+def test_emitted_and_other_modules_are_taken(program, model):
+    x, scale = torch.randn(5, 6), torch.rand(5, 4)
+    with torch.no_grad():
+        expected = model(x, scale)["all"][1]
+    for fast in (fxc.compile(program.emit(), "eager"), fxc.compile(model, "eager", {"x": x, "scale": scale})):
+        torch.testing.assert_close(fast(x=x, scale=scale)["all"][1], expected)
+
+
+def test_a_module_without_inputs_and_an_unknown_engine(model, program):
+    with pytest.raises(fxc.InputError, match="this TwoWays carries no example inputs; pass example_inputs"):
+        fxc.compile(model, "eager")
+    with pytest.raises(fxc.InputError, match="no engine 'onnxruntme'; did you mean 'onnxruntime'"):
+        fxc.compile(program, "onnxruntme")
+
+
+def test_bench_gives_speed_beside_fidelity():
+    eager, onnx = bench(toy_program(), ["onnxruntime"], rounds=2)
+    assert (eager.engine, onnx.engine) == ("eager", "onnxruntime")
+    assert eager.fidelity.exact
+    assert eager.speedup == 1
+    assert eager.size == sum(each.nbytes for each in toy_program().graph_module.parameters())
+    assert isinstance(onnx.latency, Latency)
+    assert onnx.fidelity.max_rel_error < 1e-5
+
+
+def test_bench_says_what_installs_a_missing_engine(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    eager, openvino = bench(toy_program(), ["openvino"], rounds=1)
+    assert eager.failure == ""
+    assert openvino.latency is None
+    assert 'pip install "fxcompress[openvino]"' in openvino.failure
+
+
+def test_bench_refuses_an_empty_batch_and_an_unknown_engine():
+    with pytest.raises(fxc.InputError, match="cannot measure a batch of 0"):
+        bench(toy_program(), batch=0)
+    with pytest.raises(fxc.InputError, match="no engine 'opnvino'; did you mean 'openvino'"):
+        bench(toy_program(), ["opnvino"])

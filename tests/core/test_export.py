@@ -1,0 +1,282 @@
+"""Export: each file is run and compared before it takes its place; what cannot be exported gives one clear error."""
+
+import copy
+import importlib.util
+import pickle
+
+import numpy as np
+import onnx
+import onnxruntime
+import openvino
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+import fxcompress as fxc
+from fxcompress.engines import formats
+from fxcompress.engines.formats import FORMATS
+
+
+class Tied(nn.Module):
+    """Tied weights, a dict in, a dict with a nested list, an integer and ``None`` out."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, batch, scale=2):
+        x = self.embed(batch["tokens"]) * scale + batch["offset"]
+        logits = self.head(torch.tanh(x))
+        return {"logits": logits, "best": [logits.argmax(-1), x.mean((1, 2))], "count": 3, "none": None}
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return torch.relu(self.layer(x)), x.sum(1)
+
+
+def bert():
+    from transformers import BertConfig, BertModel
+
+    return BertModel(
+        BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    )
+
+
+MODELS = {
+    "resnet18": (torchvision.models.resnet18, torch.randn(2, 3, 64, 64), None),
+    "vit": (
+        lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=10),
+        torch.randn(2, 3, 32, 32),
+        None,
+    ),
+    "bert": (
+        bert,
+        {"input_ids": torch.randint(0, 50, (2, 7)), "attention_mask": torch.ones(2, 7, dtype=torch.long)},
+        {"input_ids": (1,), "attention_mask": (1,)},
+    ),
+    "tied, dicts": (
+        Tied,
+        (({"tokens": torch.randint(0, 11, (2, 5)), "offset": torch.randn(2, 1, 1)},), {"scale": 3}),
+        None,
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def program(request):
+    torch.manual_seed(0)
+    make, inputs, dynamic = MODELS[request.param]
+    return fxc.trace(make(), inputs, dynamic=dynamic)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    torch.manual_seed(0)
+    return fxc.trace(Plain(), torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_every_format_computes_what_the_model_computes(suffix, program, tmp_path):
+    path = tmp_path / f"m{suffix}"
+    exported = fxc.export(program.emit(), path)
+    made = {".onnx": ["m.onnx"], ".xml": ["m.bin", "m.xml"], ".pt2": ["m.pt2"]}[suffix]
+    assert sorted(file.name for file in tmp_path.iterdir()) == made
+    assert exported.path == path
+    assert exported.size == sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert exported.max_relative_error <= 1e-5
+    assert str(exported).startswith(f"{path} (")
+
+
+def test_onnx_keeps_names_and_dynamic_dims(plain, tmp_path):
+    make, inputs, dynamic = MODELS["bert"]
+    fxc.export(fxc.trace(make(), inputs, dynamic=dynamic), tmp_path / "bert.onnx")
+    graph = onnx.load(tmp_path / "bert.onnx").graph
+    shapes = {
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in (*graph.input, *graph.output)
+    }
+    length = shapes["input_ids"][1]
+    assert shapes == {
+        "input_ids": ["batch", length],
+        "attention_mask": ["batch", length],
+        "last_hidden_state": ["batch", length, 16],
+        "pooler_output": ["batch", 16],
+    }
+    assert length in ("input_ids_dim1", "attention_mask_dim1")
+    session = onnxruntime.InferenceSession(tmp_path / "bert.onnx", providers=["CPUExecutionProvider"])
+    feed = {name: np.ones((5, 9), dtype=np.int64) for name in ("input_ids", "attention_mask")}
+    assert session.run(None, feed)[0].shape == (5, 9, 16)
+
+
+def test_structured_inputs_and_outputs_get_readable_names(tmp_path):
+    make, inputs, _ = MODELS["tied, dicts"]
+    fxc.export(fxc.trace(make(), inputs), tmp_path / "m.onnx")
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    assert [value.name for value in graph.input] == ["batch_tokens", "batch_offset"]
+    assert [value.name for value in graph.output] == ["logits", "best_0", "best_1"]
+
+
+def test_openvino_weights_stay_in_full_precision(plain, tmp_path):
+    fxc.export(plain, tmp_path / "m.xml")
+    model = openvino.Core().read_model(tmp_path / "m.xml")
+    types = {op.get_element_type() for op in model.get_ops() if op.get_type_name() == "Constant" and len(op.shape) == 2}
+    assert types == {openvino.Type.f32}
+    assert [port.get_any_name() for port in model.outputs] == ["output_0", "output_1"]
+
+
+def test_float16(tmp_path):
+    program = fxc.trace(Plain().half(), torch.randn(2, 4).half())
+    for suffix in FORMATS:
+        assert fxc.export(program, tmp_path / f"m{suffix}").max_relative_error <= 2e-2
+    assert onnx.load(tmp_path / "m.onnx").graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
+
+
+def test_bfloat16_fits_pt2_only(tmp_path):
+    program = fxc.trace(Plain().bfloat16(), torch.randn(2, 4).bfloat16())
+    assert fxc.export(program, tmp_path / "m.pt2").max_relative_error == 0
+    for suffix in (".onnx", ".xml"):
+        with pytest.raises(fxc.InputError, match=r"bfloat16 inputs or outputs; convert the model"):
+            fxc.export(program, tmp_path / f"m{suffix}")
+
+
+def test_example_inputs_come_along_through_deepcopy_but_not_through_pickle(plain, tmp_path):
+    module = plain.emit()
+    assert fxc.export(copy.deepcopy(module), tmp_path / "copied.pt2").max_relative_error == 0
+    unpickled = pickle.loads(pickle.dumps(module))
+    with pytest.raises(fxc.InputError, match="carries no example inputs .*; pass example_inputs"):
+        fxc.export(unpickled, tmp_path / "m.pt2")
+    assert fxc.export(unpickled, tmp_path / "m.onnx", torch.randn(3, 4)).max_relative_error <= 1e-5
+
+
+def test_a_module_in_training_mode_is_exported_as_it_infers_and_not_changed(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+    module = fxc.trace(model, torch.randn(3, 4)).emit().train()
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    assert fxc.export(module, tmp_path / "m.onnx").max_relative_error <= 1e-5
+    assert all(part.training for part in module.modules())
+    assert all(torch.equal(state[name], tensor) for name, tensor in module.state_dict().items())
+
+
+def test_export_says_nothing(plain, tmp_path, capfd, recwarn):
+    fxc.export(plain, tmp_path / "m.onnx")
+    assert capfd.readouterr() == ("", "")
+    assert [str(warning.message) for warning in recwarn if "onnx" in str(warning.filename)] == []
+
+
+# --- what is off is not written --------------------------------------------------------------------------------------
+
+
+def broken(suffix, break_result):
+    """A format whose file is right but whose runs give something else."""
+    real = FORMATS[suffix]
+
+    def open_broken(path, names):
+        run = real.open(path, names)
+        return lambda tensors: break_result(run(tensors))
+
+    return formats.Format(real.purpose, real.extra, (), real.write, open_broken)
+
+
+def shifted(results):
+    return [results[0], results[1] * 1.001]
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_file_that_is_off_names_the_output_and_is_not_written(suffix, plain, tmp_path, monkeypatch):
+    monkeypatch.setitem(FORMATS, suffix, broken(suffix, shifted))  # type: ignore[arg-type]
+    (tmp_path / f"m{suffix}").write_bytes(b"old")
+    with pytest.raises(
+        fxc.VerificationError, match=r"'output_1' differs from the model by 1\.\d+e-03 .*allowed: 1e-04"
+    ):
+        fxc.export(plain, tmp_path / f"m{suffix}")
+    assert [file.name for file in tmp_path.iterdir()] == [f"m{suffix}"]
+    assert (tmp_path / f"m{suffix}").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize(
+    ("break_result", "says"),
+    [
+        (lambda r: [r[0] * float("nan"), r[1]], "'output_0' holds NaN"),
+        (lambda r: [r[0], r[1][:2]], r"'output_1' is torch.float32 \(2,\) where torch.float32 \(3,\) is expected"),
+        (lambda r: [r[0].double(), r[1]], "'output_0' is torch.float64"),
+    ],
+)
+def test_nan_and_other_shapes_and_dtypes_are_caught(break_result, says, plain, tmp_path, monkeypatch):
+    monkeypatch.setitem(FORMATS, ".pt2", broken(".pt2", break_result))  # type: ignore[arg-type]
+    with pytest.raises(fxc.VerificationError, match=says):
+        fxc.export(plain, tmp_path / "m.pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_leaves_nothing_behind(plain, tmp_path, monkeypatch):
+    def interrupted(results):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(FORMATS, ".pt2", broken(".pt2", interrupted))  # type: ignore[arg-type]
+    with pytest.raises(KeyboardInterrupt):
+        fxc.export(plain, tmp_path / "m.pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+class Bessel(nn.Module):
+    def forward(self, x):
+        return torch.special.i1e(x)
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".xml"])
+def test_an_operator_that_onnx_lacks_is_named(suffix, tmp_path):
+    program = fxc.trace(Bessel(), torch.randn(2, 3))
+    with pytest.raises(fxc.ArtifactError, match=rf"m\{suffix} cannot be written: .*bessel_i1e\.default; write it with"):
+        fxc.export(program, tmp_path / f"m{suffix}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_suffix_lists_the_known_ones(plain, tmp_path):
+    with pytest.raises(fxc.InputError, match=r"'\.tflite'.*\.onnx \(ONNX\), \.xml \(OpenVINO IR\), \.pt2"):
+        fxc.export(plain, tmp_path / "m.tflite")
+    with pytest.raises(fxc.InputError, match="no suffix"):
+        fxc.export(plain, tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("package", "suffix", "extra"), [("onnxruntime", ".onnx", "onnx"), ("openvino", ".xml", "openvino")]
+)
+def test_a_missing_package_gives_the_line_that_mends_it(package, suffix, extra, plain, tmp_path, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == package else real(name, *a))
+    with pytest.raises(fxc.MissingExtraError, match=rf'{package}.*pip install "fxcompress\[{extra}\]"'):
+        fxc.export(plain, tmp_path / f"m{suffix}")
+
+
+def test_a_model_that_was_not_traced(tmp_path):
+    with pytest.raises(fxc.InputError, match="not Plain; trace it first"):
+        fxc.export(Plain(), tmp_path / "m.onnx")
+
+
+def test_meta_weights(tmp_path):
+    with torch.device("meta"):
+        program = fxc.trace(Plain(), torch.empty(2, 4))
+    with pytest.raises(fxc.InputError, match="meta device and has no weights"):
+        fxc.export(program, tmp_path / "m.onnx")
+
+
+def test_missing_directory(plain, tmp_path):
+    with pytest.raises(fxc.ArtifactError, match="the directory .*nowhere does not exist"):
+        fxc.export(plain, tmp_path / "nowhere" / "m.onnx")
+
+
+def test_example_inputs_that_do_not_fit(plain, tmp_path):
+    with pytest.raises(fxc.InputError, match="do not fit|fails on the example inputs"):
+        fxc.export(plain.emit(), tmp_path / "m.pt2", (torch.randn(2, 4), torch.randn(2, 4)))

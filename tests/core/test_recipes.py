@@ -1,0 +1,37 @@
+import pytest
+
+from fxcompress import registry
+from fxcompress.errors import InputError, PipelineError
+from fxcompress.pipeline import parse
+from fxcompress.recipes import RECIPES, choose, recipe
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_a_pipeline_whose_name_is_no_pass(name):
+    assert str(recipe(name)) == RECIPES[name]
+    assert name not in registry.names()
+
+
+def test_default_recipe():
+    assert RECIPES["default"] == "eliminate-dead,fold-constants,fold-batchnorm"
+
+
+def test_choose_takes_recipes_text_and_pipelines():
+    assert choose("default") == recipe("default")
+    assert choose("eliminate-dead") == parse("eliminate-dead")
+    assert choose(parse("fold-constants")) == parse("fold-constants")
+    assert choose(list(parse("fold-constants"))) == parse("fold-constants")
+
+
+def test_unknown_recipe_names_the_near_one():
+    with pytest.raises(InputError, match="there is no recipe 'defualt'; did you mean 'default'"):
+        recipe("defualt")
+    with pytest.raises(InputError, match="there is no recipe 'xyz'; recipes: default"):
+        recipe("xyz")
+
+
+def test_a_name_that_is_neither_recipe_nor_pass_names_what_is_near():
+    with pytest.raises(InputError, match="'defaullt' is neither a recipe nor a pass; did you mean 'default'"):
+        choose("defaullt")
+    with pytest.raises(PipelineError, match="unknown pass 'fold-batchnrom'; did you mean 'fold-batchnorm'"):
+        choose("fold-batchnrom")

@@ -1,0 +1,492 @@
+"""Reports: rows matched by name, totals, text, JSON and HTML."""
+
+import json
+import math
+import os
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from torch import nn
+
+import fxcompress as fxc
+from fxcompress.errors import ArtifactError, InputError
+from fxcompress.manager import PassManager
+from fxcompress.numerics import Comparison
+from fxcompress.pass_base import Refusal
+from fxcompress.program import Diagnostic
+from fxcompress.report import Figures, LayerFigures, LayerRow, Measure, PassRow, Report, Status, build_report
+from fxcompress.report.build import LayerCost, match_layers
+from fxcompress.report.charts import charts, shares
+from fxcompress.report.formatting import BYTES, MACS, PARAMS, arrow, counted, measured, relative_change, seconds
+
+INJECTION = "<script>alert('x')</script>&\""
+
+
+def figures(kind="Conv2d", params=0, macs=0, shape=(2, 8, 4), dtype="float32"):
+    return LayerFigures(
+        params=params,
+        macs=macs,
+        weight_bytes=4 * params,
+        activation_bytes=4 * math.prod(shape),
+        kind=kind,
+        output_shape=shape,
+        dtype=dtype,
+    )
+
+
+@pytest.fixture
+def report():
+    """A convolution that lost half its channels, a folded norm, an operator, and a layer that was refused."""
+    return Report(
+        title="Tiny",
+        layers=(
+            LayerRow("stem.conv", figures(params=216, macs=6912), figures(params=112, macs=3456, shape=(2, 4, 4))),
+            LayerRow("stem.norm", figures("BatchNorm2d", params=16), None),
+            LayerRow("relu", figures("aten.relu"), figures("aten.relu", shape=(2, 4, 4)), path="stem.relu"),
+            LayerRow("scale", None, figures("Linear", params=20, macs=40, shape=(2, 4))),
+            LayerRow(
+                "head",
+                figures("Linear", params=1_290_000, macs=2_580_000, shape=(2, 10)),
+                figures("Linear", params=1_290_000, macs=2_580_000, shape=(2, 10)),
+                "refused",
+            ),
+        ),
+        passes=(
+            PassRow(
+                "fold-batchnorm",
+                0.0384,
+                True,
+                {"folded": 1, "error": 0.25, "skipped": 0},
+                (Refusal("shared-weight", "head", "its weight is also read by 'tail'; untie them"),),
+                Comparison(1e-6, 2.5e-7, 132.04, False),
+            ),
+            PassRow("remove-channels{ratio=0.5}", 1.5, True, {}, (), Comparison(0.0, 0.0, math.inf, True)),
+        ),
+        diagnostics=(Diagnostic("training-only", "DropPath behaves differently in training", "stem.drop"),),
+        measures=(
+            Measure("top-1", 97.5, 97.1, "%"),
+            Measure("latency", 4.2, 2.1, "ms"),
+            Measure("file", 4096, None, "B"),
+        ),
+        environment={"torch": "2.15.0"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (PARAMS.text(25_557_032), "25.557 M"),
+        (PARAMS.text(999), "999"),
+        (PARAMS.text(1000), "1.000 k"),
+        (MACS.text(4_089_184_256), "4.09 G"),
+        (MACS.text(999_999), "1.00 M"),
+        (BYTES.text(102_228_128), "97.5 MiB"),
+        (BYTES.text(0), "0 B"),
+        (BYTES.text(1024 * 1024 - 1), "1.0 MiB"),
+        (seconds(0.0384), "38 ms"),
+        (seconds(1.5), "1.50 s"),
+        (relative_change(1000, 569), "-43.1 %"),
+        (relative_change(1000, 1200), "+20.0 %"),
+        (relative_change(1_000_000, 999_999), "0.0 %"),
+        (relative_change(0, 5), "new"),
+        (relative_change(0, 0), "0.0 %"),
+        (counted(1, "pass"), "1 pass"),
+        (counted(2, "pass"), "2 passes"),
+        (counted(0, "refusal"), "0 refusals"),
+        (arrow("Conv2d", "Linear"), "Conv2d → Linear"),
+        (arrow("8", "8"), "8"),
+        (arrow("8", None), "8"),
+    ],
+)
+def test_numbers_read_as_people_write_them(text, expected):
+    assert text == expected
+
+
+def test_a_metric_changes_by_points_and_a_latency_by_percent():
+    assert measured(97.5, 97.1, "%") == ("97.50 %", "97.10 %", "-0.40 points")
+    assert measured(0.975, 0.971, "") == ("0.9750", "0.9710", "-0.0040")
+    assert measured(4.0, 2.0, "ms") == ("4 ms", "2 ms", "-50.0 %")
+    assert measured(10.0, 5.0, "mJ") == ("10 mJ", "5 mJ", "-50.0 %")
+    assert measured(4096, None, "B") == ("4.0 KiB", "", "")
+
+
+@pytest.mark.parametrize(
+    ("scale", "top"), [(PARAMS, 1), (PARAMS, 7), (MACS, 118_013_952), (BYTES, 9_437_184), (BYTES, 1024)]
+)
+def test_ticks_are_few_round_and_within_the_chart(scale, top):
+    ticks = scale.ticks(top, 4)
+    values = [value for value, _ in ticks]
+    assert 2 <= len(values) <= 5
+    assert values == sorted(values)
+    assert values[-1] <= top
+    assert all(len(label.split()[0]) <= 4 for _, label in ticks)
+
+
+def test_the_status_says_what_became_of_a_layer(report):
+    assert [row.status for row in report.layers] == ["changed", "removed", "changed", "added", "kept"]
+    assert [report.count(status) for status in Status] == [1, 2, 1, 1]
+
+
+def test_the_kind_is_the_one_the_layer_has_now():
+    row = LayerRow("fc", figures("Linear"), figures("QuantizedLinear"))
+    assert (row.kind, replace(row, after=None).kind, row.status) == ("QuantizedLinear", "Linear", "changed")
+
+
+def test_totals_are_the_sums_of_the_layers(report):
+    assert report.before == Figures(1_290_232, 2_586_912, 5_160_928, 3 * 256 + 80)
+    assert report.after == Figures(1_290_132, 2_583_496, 5_160_528, 2 * 128 + 32 + 80)
+
+
+def test_layers_are_matched_by_name_and_removed_ones_stand_where_they_were():
+    def costs(*names: str) -> list[LayerCost]:
+        class Cost(LayerFigures):
+            name: str
+
+        made = []
+        for name in names:
+            cost = Cost(**vars(figures()))
+            object.__setattr__(cost, "name", name)
+            made.append(cost)
+        return made
+
+    rows = list(match_layers(costs("a", "bn1", "b", "bn2", "bn3"), costs("new", "a", "b", "last"), {"b": "noted"}))
+    assert [(row.name, row.status) for row in rows] == [
+        ("new", "added"),
+        ("a", "kept"),
+        ("bn1", "removed"),
+        ("b", "kept"),
+        ("last", "added"),
+        ("bn2", "removed"),
+        ("bn3", "removed"),
+    ]
+    assert [row.note for row in rows] == ["", "", "", "noted", "", "", ""]
+
+
+class Mix(nn.Module):
+    def forward(self, x):
+        return x @ x.transpose(-1, -2)
+
+
+class Net(nn.Module):
+    """One norm that folds, one that cannot since the convolution's output has another user, and an operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.conv = nn.Conv2d(8, 8, 1)
+        self.norm = nn.BatchNorm2d(8)
+        self.mix = Mix()
+
+    def forward(self, x):
+        y = self.conv(self.stem(x))
+        return self.mix(self.norm(y) + y)
+
+
+@pytest.fixture(scope="module")
+def result():
+    torch.manual_seed(0)
+    program = fxc.trace(Net().eval(), torch.randn(2, 3, 6, 6))
+    return PassManager("fold-batchnorm", instruments=()).run(program)
+
+
+def test_a_folded_norm_is_a_removed_row_before_the_layer_that_followed(result):
+    rows = {row.name: row for row in result.report.layers}
+    assert rows["stem.1"].status == "removed"
+    assert rows["stem.0"].status == "changed"  # it has a bias now
+    assert (rows["stem.0"].before.params, rows["stem.0"].after.params) == (216, 224)
+    assert rows["conv"].status == "kept"
+    names = [row.name for row in result.report.layers]
+    assert names.index("stem.1") == names.index("stem.0") + 1
+
+
+def test_totals_agree_with_the_cost_analysis_and_with_the_models(result):
+    for totals, program in ((result.report.before, result.before), (result.report.after, result.program)):
+        cost = program.analyze("cost")
+        assert totals.params == sum(p.numel() for p in program.graph_module.parameters())
+        assert totals == Figures.of(cost.layers)
+
+
+def test_the_report_holds_passes_refusals_and_where_operators_run(result):
+    report = result.report
+    assert report.title == "Net"
+    assert [(row.text, row.changed) for row in report.passes] == [("fold-batchnorm", True)]
+    assert report.passes[0].statistics == {"folded": 1}
+    assert report.refusals == result.records[0].result.refusals
+    assert len(report.refusals) == 1
+    assert {row.name: row.note for row in report.layers if row.note} == {"norm": "fold-batchnorm: extra-users"}
+    assert next(row.path for row in report.layers if row.name.startswith("matmul")).startswith("mix.matmul")
+    measured_record = replace(result.records[0], comparison=Comparison(1e-6, 2e-7, 130.0, False))
+    measures = [Measure("top-1", 1.0, 1.0)]
+    again = build_report(result.before, result.program, [measured_record], measures)
+    assert again.passes == (replace(report.passes[0], comparison=measured_record.comparison),)
+    assert (again.layers, again.measures) == (report.layers, tuple(measures))
+    assert set(report.environment) == {"fxcompress", "torch", "python", "platform"}
+
+
+GOLDEN = """\
+Tiny
+
+               before    after        change
+-----------  --------  -------  ------------
+params        1.290 M  1.290 M         0.0 %
+MACs           2.59 M   2.58 M        -0.1 %
+weights       4.9 MiB  4.9 MiB         0.0 %
+activations     848 B    368 B       -56.6 %
+top-1         97.50 %  97.10 %  -0.40 points
+latency        4.2 ms   2.1 ms       -50.0 %
+file          4.0 KiB
+
+layer      status    kind         output            params             MACs        weights  note
+---------  --------  -----------  -------------  ---------  ---------------  -------------  -------
+stem.conv  changed   Conv2d       2x8x4 → 2x4x4  216 → 112  6.91 k → 3.46 k  864 B → 448 B
+stem.norm  removed   BatchNorm2d  2x8x4                 16                0           64 B
+relu       changed   aten.relu    2x8x4 → 2x4x4          0                0            0 B
+scale      added     Linear       2x4                   20               40           80 B
+head       kept      Linear       2x10             1.290 M           2.58 M        4.9 MiB  refused
+
+pass                          time  changed    did                     refusals  error
+--------------------------  ------  ---------  --------------------  ----------  -------------------------------------
+fold-batchnorm               38 ms  yes        folded 1, error 0.25           1  max rel error 2.50e-07, SQNR 132.0 dB
+remove-channels{ratio=0.5}  1.50 s  yes                                       0  bit-equal
+
+Refusals
+  shared-weight [head]: its weight is also read by 'tail'; untie them
+
+Diagnostics
+  training-only [stem.drop]: DropPath behaves differently in training
+"""
+
+GOLDEN_DEPTH_1 = """\
+layer    status    kind                 output            params             MACs        weights  note
+-------  --------  -------------------  -------------  ---------  ---------------  -------------  --------------------
+stem     changed   3 layers → 2 layers  2x8x4 → 2x4x4  232 → 112  6.91 k → 3.46 k  928 B → 448 B  2 changed, 1 removed
+scale    added     Linear               2x4                   20               40           80 B
+head     kept      Linear               2x10             1.290 M           2.58 M        4.9 MiB  refused
+"""
+
+
+def test_table(report):
+    assert report.table() + "\n" == GOLDEN
+
+
+def test_table_by_depth_changes_the_layers_only(report):
+    head, _, rest = GOLDEN.partition("layer      status")
+    _, _, tail = rest.partition("\n\n")
+    assert report.table(depth=1) + "\n" == f"{head}{GOLDEN_DEPTH_1}\n{tail}"
+
+
+@pytest.mark.parametrize("depth", [0, -1, 1.5, "2"])
+def test_a_depth_that_is_no_positive_number_is_refused(report, depth):
+    with pytest.raises(InputError, match="depth of a report's table"):
+        report.table(depth=depth)
+
+
+def test_a_summed_row_has_the_sums_of_its_layers(report):
+    from fxcompress.report.text import by_depth
+
+    rows = by_depth(report.layers, 1)
+    assert [row.name for row in rows] == ["stem", "scale", "head"]
+    assert Figures.of(row.before for row in rows) == report.before
+    assert Figures.of(row.after for row in rows) == report.after
+    assert rows[0].note == "2 changed, 1 removed"
+    assert rows[2] == report.layers[4]
+
+
+def test_repr_is_one_line_worth_reading(report):
+    assert repr(report) == (
+        "Report(Tiny: params 1.290 M -> 1.290 M (0.0 %), MACs 2.59 M -> 2.58 M (-0.1 %), "
+        "2 changed, 1 removed, 1 added, 1 refusal)"
+    )
+
+
+def test_json_round_trip(report, result):
+    assert Report.from_json(report.to_json()) == report
+    assert Report.from_json(result.report.to_json()) == result.report
+
+
+def test_json_is_strict_and_says_status_and_totals(report):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    document = json.loads(report.to_json(), parse_constant=refuse)
+    assert (document["schema"], document["version"]) == ("fxcompress-report", 1)
+    assert document["passes"][1]["comparison"]["sqnr_db"] == "inf"
+    assert [layer["status"] for layer in document["layers"]] == ["changed", "removed", "changed", "added", "kept"]
+    assert document["totals"]["after"]["params"] == report.after.params
+
+
+def test_json_of_a_newer_version_is_refused(report):
+    text = report.to_json().replace('"version": 1', '"version": 2')
+    with pytest.raises(ArtifactError, match="version 2 of the schema, and this fxcompress reads version 1"):
+        Report.from_json(text)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema": "other", "version": 1}', "[" * 100_000, "null"])
+def test_json_that_is_no_report_is_refused(text):
+    with pytest.raises(ArtifactError, match=r"give what Report\.to_json\(\) wrote"):
+        Report.from_json(text)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda d: d.pop("layers"),
+        lambda d: d["layers"][0]["before"].update(params="many"),
+        lambda d: d["layers"][0].update(before=[]),
+        lambda d: d["passes"][0]["refusals"][0].update(more=1),
+        lambda d: d["passes"][0].update(statistics=None),
+        lambda d: d.update(environment=[]),
+    ],
+)
+def test_damaged_json_is_refused(report, damage):
+    document = json.loads(report.to_json())
+    damage(document)
+    with pytest.raises(ArtifactError, match="the report is damaged"):
+        Report.from_json(json.dumps(document))
+
+
+VOID = {"meta", "input", "br", "hr", "img", "link"}
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, and collects texts and attributes."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.open, self.tags, self.attributes, self.texts = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == [], f"left open: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] not in ("script", "style"):
+            self.texts.append(data)
+
+    @property
+    def text(self):
+        return " ".join("".join(self.texts).split())
+
+
+@pytest.fixture
+def html(report, tmp_path):
+    report.to_html(tmp_path / "report.html")
+    return (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_html_is_well_formed_and_holds_everything(report, html):
+    text = Page(html).text
+    for row in report.layers:
+        assert row.name in text
+        assert row.note in text
+    for refusal in report.refusals:
+        assert refusal.reason in text
+    for row in report.passes:
+        assert row.text in text
+        assert row.error in text
+    assert report.diagnostics[0].message in text
+    assert "97.10 % from 97.50 % -0.40 points" in text
+    assert "216 → 112" in text
+    assert "torch 2.15.0" in text
+
+
+def test_html_loads_nothing(html):
+    page = Page(html)
+    assert "http:" not in html
+    assert "https:" not in html
+    assert "url(" not in html
+    assert "@import" not in html
+    assert {"link", "img", "iframe", "object"}.isdisjoint(page.tags)
+    assert {"src", "href", "xlink:href"}.isdisjoint(name for name, _ in page.attributes)
+    assert dict(page.attributes)["content"].startswith("default-src 'none';")
+
+
+def test_html_draws_each_quantity_before_and_after(report, html):
+    drawn = charts(report.layers)
+    assert [chart.title for chart in drawn] == ["MACs per layer", "Parameters per layer", "Weight bytes per layer"]
+    assert [column.label for column in drawn[0].columns] == [
+        "stem.conv: 6.91 k → 3.46 k (changed)",
+        "scale: 0 → 40 (added)",
+        "head: 2.58 M (kept)",
+    ]
+    assert drawn[0].columns[0].after == drawn[0].columns[0].before / 2
+    assert Page(html).tags.count("svg") == len(drawn) + len(shares(report.layers).bars)
+
+
+def test_shares_add_up_and_the_smallest_kinds_are_summed_up():
+    rows = [LayerRow(f"l{i}", figures(f"Kind{i}", params=2**i, macs=1), figures(f"Kind{i}", macs=1)) for i in range(9)]
+    found = shares(rows)
+    assert found.kinds[-1] == "other"
+    assert len(found.kinds) == 6
+    assert [name for name, _ in found.bars] == ["MACs before", "MACs after", "params before"]
+    for _, segments in found.bars:
+        assert sum(segment.width for segment in segments) == pytest.approx(100)
+
+
+@pytest.mark.parametrize("where", ["page", "notebook"])
+def test_names_are_text_and_never_markup(report, tmp_path, where):
+    hostile = replace(
+        report,
+        title=INJECTION,
+        layers=(LayerRow(INJECTION, figures(INJECTION, params=3, macs=3), None, INJECTION),),
+        passes=(PassRow(INJECTION, 0.0, False, {INJECTION: 1}, (Refusal(INJECTION, INJECTION, INJECTION),)),),
+        diagnostics=(Diagnostic(INJECTION, INJECTION, INJECTION),),
+        measures=(Measure(INJECTION, 1.0, 2.0, INJECTION),),
+        environment={INJECTION: INJECTION},
+    )
+    hostile.to_html(tmp_path / "report.html")
+    text = {"page": (tmp_path / "report.html").read_text(encoding="utf-8"), "notebook": hostile._repr_html_()}[where]
+    page = Page(text)
+    assert page.tags.count("script") == {"page": 1, "notebook": 0}[where]
+    assert INJECTION in page.text
+
+
+def test_a_notebook_shows_the_totals_and_every_layer(report):
+    page = Page(report._repr_html_())
+    assert all(row.name in page.text for row in report.layers)
+    assert "MACs2.59 M2.58 M-0.1 %" in page.text
+
+
+def test_a_report_with_nothing_in_it_still_has_every_form(tmp_path):
+    empty = Report("Nothing", ())
+    empty.to_html(tmp_path / "empty.html")
+    assert "Nothing that matched was refused." in Page((tmp_path / "empty.html").read_text(encoding="utf-8")).text
+    assert Page(empty._repr_html_()).text.startswith("Nothing")
+    assert "params" in empty.table()
+    assert Report.from_json(empty.to_json()) == empty
+
+
+def test_an_unwritable_path_is_one_clear_error(report, tmp_path):
+    with pytest.raises(ArtifactError, match=r"cannot write the report to .*missing.*report\.html: No such file"):
+        report.to_html(tmp_path / "missing" / "report.html")
+    with pytest.raises(ArtifactError, match="Is a directory"):
+        report.to_html(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_failed_write_leaves_the_file_that_was_there(report, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "report.html"
+    path.write_text("before")
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(ArtifactError, match="No space left"):
+        report.to_html(path)
+    assert path.read_text() == "before"
+    assert os.listdir(tmp_path) == ["report.html"]
