@@ -76,7 +76,11 @@ def in_process(name: str) -> dict[str, Any]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     try:
         finished = subprocess.run(
-            [sys.executable, __file__, "--model", name], capture_output=True, text=True, timeout=TIMEOUT_S, env=environment
+            [sys.executable, __file__, "--model", name],
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            env=environment,
         )
         return json.loads(finished.stdout.splitlines()[-1])  # type: ignore[no-any-return]
     except subprocess.TimeoutExpired:
@@ -121,8 +125,10 @@ def examine(name: str) -> dict[str, Any]:
     except Exception as error:
         row["failed"] = f"{stage}: {type(error).__name__}: {str(error)[:600]}"
     row.update(export_s=round(timings.export_s, 2), rest_s=round(timings.rest_s, 2))
-    row.update(seconds=round(time.perf_counter() - started, 1),
-               peak_gb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2))
+    row.update(
+        seconds=round(time.perf_counter() - started, 1),
+        peak_gb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+    )
     return {key: value for key, value in row.items() if not key.startswith("_")}
 
 
@@ -239,17 +245,17 @@ def check_again(subject: Any, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_cost(subject: Any, row: dict[str, Any]) -> dict[str, Any]:
-    """MACs agree with torch's own counter, which watches the original run."""
+    """MACs agree with torch's own counter, which watches the original run on one row."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     import fxcompress as fxc
 
     cost = fxc.analyze(row["_program"], "cost")
-    args, kwargs = subject.args, subject.kwargs
+    args, kwargs = row["_program"].interface.resized(1)
     with torch.no_grad(), mha_fast_path_off(), FlopCounterMode(display=False) as counter:
         subject.model(*args, **kwargs)
-    reference = counter.get_total_flops() / 2 / row["batch"]
+    reference = counter.get_total_flops() / 2
     off = abs(cost.macs - reference) / max(reference, 1)
     if off > 1e-3:
         raise AssertionError(f"cost counts {cost.macs:.0f} MACs, torch counts {reference:.0f}")
@@ -342,8 +348,16 @@ def summarise(rows: list[dict[str, Any]]) -> None:
         members = [row for row in rows if row["model"].startswith(source + ":")]
         good = [row for row in members if row["ok"]]
         exports, rest = (sum(row.get(key, 0.0) for row in members) for key in ("export_s", "rest_s"))
-        table.append([source, len(members), len(good), f"{100 * len(good) / len(members):.1f} %",
-                      f"{rest / exports:.2f}" if exports else "-", round(sum(row.get("seconds", 0) for row in members))])
+        table.append(
+            [
+                source,
+                len(members),
+                len(good),
+                f"{100 * len(good) / len(members):.1f} %",
+                f"{rest / exports:.2f}" if exports else "-",
+                round(sum(row.get("seconds", 0) for row in members)),
+            ]
+        )
     print(tabulate(table, ["source", "models", "pass", "share", "rest / export time", "seconds"]))
     for row in rows:
         if not row["ok"]:

@@ -22,6 +22,8 @@ ON_META = {"regnet_y_128gf", "vit_h_14", "vit_l_16", "vit_l_32"}
 
 _VIDEO = ("mvit", "swin3d", "r3d", "mc3", "r2plus1d", "s3d")
 _SMALL_IMAGE = 96
+_FIXED_IMAGE = 112
+_UNFIT = (RuntimeError, AssertionError, ValueError, IndexError)
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def _torchvision(name: str) -> Subject:
     if name.startswith(_VIDEO):
         fixed = name.startswith("mvit")
         return _settled(model, (torch.randn(2, 3, 16, 224, 224) if fixed else torch.randn(2, 3, 16, 64, 64),))
-    return _image_model(model, 299 if name.startswith("inception") else 224)
+    return _image_model(model, (_SMALL_IMAGE, 128, 299 if name.startswith("inception") else 224))
 
 
 def timm_names() -> list[str]:
@@ -135,25 +137,31 @@ def _timm(name: str) -> Subject:
     import timm
 
     model = timm.create_model(name)
-    config = model.pretrained_cfg if hasattr(model, "pretrained_cfg") else {}
+    config = getattr(model, "pretrained_cfg", {})
     channels, height, _ = config.get("input_size", (3, 224, 224))
-    return _image_model(model, height, channels)
+    try:
+        return _image_model(model, (_SMALL_IMAGE, 128), channels)
+    except _UNFIT:  # a fixed size: built for a smaller one where the constructor takes it
+        try:
+            return _image_model(timm.create_model(name, img_size=_FIXED_IMAGE), (_FIXED_IMAGE,), channels)
+        except (*_UNFIT, TypeError):
+            return _image_model(model, (height,), channels)
 
 
-def _image_model(model: nn.Module, size: int, channels: int = 3) -> Subject:
-    """Prefers a small image; models of a fixed size get theirs."""
+def _image_model(model: nn.Module, sides: tuple[int, ...], channels: int = 3) -> Subject:
+    """The model with images of the first size that it accepts."""
     model.eval()
-    for side in dict.fromkeys((_SMALL_IMAGE, 128, size)):
+    for side in sides:
         image = torch.randn(2, channels, side, side)
         try:
             with torch.no_grad():
                 model(image)
-        except (RuntimeError, AssertionError, ValueError, IndexError):
-            if side == size:
+        except _UNFIT:
+            if side == sides[-1]:
                 raise
             continue
         return _settled(model, (image,))
-    raise AssertionError("unreachable: the last size either works or raises")
+    raise ValueError("no image size given")
 
 
 def _settled(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Subject:

@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch.utils._pytree import tree_flatten
 
-from fxcompress.engines.compile import CompiledModel, compile
+from fxcompress.engines.compile import CompiledModel, check_engine, compile
 from fxcompress.errors import FxCompressError, InputError
 from fxcompress.latency import BUDGET_S, ROUNDS, Latency, measure
 from fxcompress.numerics import Comparison, compare_outputs
@@ -63,18 +62,17 @@ def bench(
     """
     if batch < 1:
         raise InputError(f"cannot measure a batch of {batch}; give at least 1")
-    args, kwargs = program.interface.resized(batch)
+    for engine in engines:
+        check_engine(engine)
     module = program.emit()
     compiled: dict[str, CompiledModel] = {}
     failures: dict[str, str] = {}
     for engine in dict.fromkeys([REFERENCE, *engines]):
         try:
             compiled[engine] = compile(module, engine)
-            compiled[engine](*args, **kwargs)  # inductor compiles on the first call
-        except InputError:
-            raise
-        except (FxCompressError, torch._dynamo.exc.TorchDynamoException) as error:
+        except FxCompressError as error:
             failures[engine] = str(error)
+    args, kwargs = program.interface.resized(batch)
     expected = tree_flatten(compiled[REFERENCE](*args, **kwargs))[0]
     fidelity = {
         engine: compare_outputs(expected, tree_flatten(model(*args, **kwargs))[0]) for engine, model in compiled.items()

@@ -21,8 +21,8 @@ _GROWS = frozenset({aten.expand.default, aten.repeat.default, aten.repeat_interl
 def fold_constants(graph_module: fx.GraphModule) -> int:
     """Folds constants in place; gives the number of constants that were made.
 
-    Parameters and persistent buffers are not constants: a user may train or load them. Operations that draw random numbers
-    are left alone, and so is everything on the meta device, where there is no value to fold.
+    Parameters and persistent buffers are not constants: a user may train or load them. Operations that draw random
+    numbers are left alone, and so is everything on the meta device, where there is no value to fold.
     """
     graph = graph_module.graph
     constant = _constant_nodes(graph_module)

@@ -57,13 +57,10 @@ class InputText:
         return cls(match["name"] or "", sizes, _DTYPES[dtype])
 
     def tensor(self, batch: int = BATCH) -> torch.Tensor:
-        """Random values of shape (batch, \\*sizes): normal, or 0 and 1 for integers, which any vocabulary has."""
+        """Random values with a batch dim in front: normal, or 0 and 1 for integers, which any vocabulary has."""
         shape = (batch, *self.sizes)
-        return (
-            torch.randn(shape).to(self.dtype)
-            if self.dtype.is_floating_point
-            else torch.randint(2, shape).to(self.dtype)
-        )
+        values = torch.randn(shape) if self.dtype.is_floating_point else torch.randint(2, shape)
+        return values.to(self.dtype)
 
 
 def example_inputs(texts: Sequence[str]) -> tuple[tuple[Any, ...], dict[str, Any]]:

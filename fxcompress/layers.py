@@ -182,7 +182,7 @@ def _instance_norm(module: type[nn.Module], rank: int) -> Layer:
         }
 
     def accepts(call: Attributes) -> bool:
-        return call["input"].dim() == rank and call["use_input_stats"] == (call["running_mean"] is None)
+        return bool(call["input"].dim() == rank and call["use_input_stats"] == (call["running_mean"] is None))
 
     return Layer(
         module,

@@ -122,7 +122,7 @@ def _attention(call: ShapedCall) -> int:
     """Both products, masked or not; grouped queries share keys, which saves no products."""
     *batch, queries, head_dim = call["query"]
     keys, value_dim = call["value"][-2:]
-    return _product(batch) * queries * keys * (head_dim + value_dim)
+    return _product([*batch, queries, keys, head_dim + value_dim])
 
 
 @counts(aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)

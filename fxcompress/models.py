@@ -1,4 +1,4 @@
-"""Models by reference: ``torchvision:resnet18``, ``timm:NAME``, ``module.path:factory``, ``file.py:factory``, ``saved.pt2``."""
+"""Models by reference: a name in torchvision or timm, a factory in a module or file, or a saved ``.pt2`` file."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ class LoadedModel:
 def load_model(reference: str, inputs: Sequence[str] = (), seed: int = 0) -> LoadedModel:
     """The model that a reference names.
 
-    Models of torchvision and timm have random weights; a factory decides for itself. A factory is called without arguments
-    and returns a module, or a module with its example inputs.
+    Models of torchvision and timm have random weights. A factory is called without arguments and returns a module, or a
+    module with its example inputs.
 
     Args:
-        reference: One of ``torchvision:NAME``, ``timm:NAME``, ``module.path:factory``, ``file.py:factory``, ``saved.pt2``.
+        reference: ``torchvision:NAME``, ``timm:NAME``, ``module.path:factory``, ``file.py:factory`` or ``saved.pt2``.
         inputs: Example inputs as text (``3x224x224``); if not given, those that the source of the model declares.
         seed: Seed of random weights and example inputs; the caller's random state stays as it is.
 
@@ -136,7 +136,10 @@ def _from_factory(source: str, name: str) -> tuple[nn.Module, Any]:
             )
         factory = getattr(module, name)
         if not callable(factory):
-            raise InputError(f"{source}:{name} is of type {type(factory).__name__}, not a function; name a function that makes a model")
+            raise InputError(
+                f"{source}:{name} is of type {type(factory).__name__}, not a function; "
+                "name a function that makes a model"
+            )
         try:
             made = factory()
         except Exception as error:
@@ -146,7 +149,8 @@ def _from_factory(source: str, name: str) -> tuple[nn.Module, Any]:
     model, examples = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise InputError(
-            f"{source}:{name}() gives an object of type {type(model).__name__}; return a torch.nn.Module, or a pair of it and its example inputs"
+            f"{source}:{name}() gives an object of type {type(model).__name__}; "
+            "return a torch.nn.Module, or a pair of it and its example inputs"
         )
     return model, examples
 

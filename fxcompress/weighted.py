@@ -141,6 +141,8 @@ def _successor(old: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 def weighted_layer(call: Operation) -> WeightedLayer | None:
     """The layer of a call; ``None`` if it is no convolution, transposed convolution or linear layer."""
     groups = call.arguments.get("groups", 1)
+    if isinstance(call.arguments.get("weight"), torch.Tensor) and call["weight"].dim() < 2:
+        return None  # linear with a vector has no output channels
     if call.overload in _SPATIAL:
         return WeightedLayer(call, WeightLayout(_SPATIAL[call.overload], groups))
     if call.overload in _SPATIAL_TRANSPOSED:

@@ -122,11 +122,10 @@ class _Match(ABC):
             computed = sorted(name for name in call.operands if name != "input")
             if computed:
                 yield "computed-weight", f"the {computed[0]} of {call.node.name} is computed in the graph"
-        rank = self.between.meta["val"].dim()
         for layer in self.layers:
             if any(id(layer.operation[name]) in shared for name in layer.operation.state):
                 yield "shared-weight", f"{layer.node.name} shares its weight with another call; give each its own"
-            if layer.layout.channel_dim(rank) != 1:
+            if layer.layout.channel_dim(self.between.meta["val"].dim()) != 1:
                 yield "channel-dim", f"the channels of {layer.node.name} are not dim 1, which the batch norm works on"
         others = set(self.between.users) - {self.norm.node, *(layer.node for layer in self.layers)}
         if others:
@@ -144,7 +143,7 @@ class _IntoConsumers(_Match):
 
     def objections(self, shared: Collection[int]) -> Iterator[tuple[str, str]]:
         yield from super().objections(shared)
-        _, shift = scale_and_shift(self.norm)
+        shift = scale_and_shift(self.norm)[1]
         moves = shift.is_meta or bool(shift.any())
         for layer in self.layers:
             if moves and not layer.sees_every_tap:

@@ -12,7 +12,7 @@ from fxcompress.cli.options import MODEL_HELP, add, command, loaded, traced
 from fxcompress.cli.terminal import Terminal
 from fxcompress.engines.compile import ENGINES
 from fxcompress.numerics import Comparison
-from fxcompress.report.formatting import BYTES
+from fxcompress.report.formatting import BYTES, counted
 
 _DEFAULT = ("eager", "onnxruntime", "openvino")
 
@@ -38,7 +38,7 @@ def run(options: argparse.Namespace, terminal: Terminal) -> None:
             rows = bench(program, options.engine or _DEFAULT, batch=options.batch, rounds=options.rounds, on_round=bar)
         if index:
             terminal.line()
-        _show(f"{reference}, batch {options.batch}, {torch.get_num_threads()} threads", rows, terminal)
+        _show(f"{reference}, batch {options.batch}, {counted(torch.get_num_threads(), 'thread')}", rows, terminal)
 
 
 def _show(title: str, rows: list[EngineRow], terminal: Terminal) -> None:

@@ -87,7 +87,8 @@ class Terminal:
             TimeElapsedColumn(),
             TextColumn("{task.fields[note]}"),
         )
-        with Progress(*columns, console=self.notes, transient=True) as bars:
+        hidden = not self.notes.is_terminal
+        with Progress(*columns, console=self.notes, transient=True, disable=hidden) as bars:
             yield ProgressBar(bars, what)
 
 

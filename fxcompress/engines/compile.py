@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from fxcompress.emit import INTERFACE
 from fxcompress.engines.export import export, tensor_names
 from fxcompress.engines.formats import FORMATS, Run
-from fxcompress.errors import InputError, did_you_mean
+from fxcompress.errors import ArtifactError, InputError, did_you_mean
 from fxcompress.program import Interface, Program
 from fxcompress.tracing import trace
 from fxcompress.tracing.inputs import flatten_call
@@ -57,16 +57,21 @@ def compile(
         InputError: If there is no such engine, or no example inputs.
         MissingExtraError: If a package that the engine needs is not installed.
         CaptureError: If the model cannot be captured as a whole.
-        ArtifactError: If the engine does not know an operator of the model.
+        ArtifactError: If the engine cannot take the model.
         VerificationError: If the engine computes something else.
     """
-    if engine not in ENGINES:
-        near = did_you_mean(engine, ENGINES) or f"; engines: {', '.join(ENGINES)}"
-        raise InputError(f"there is no engine {engine!r}{near}")
+    check_engine(engine)
     module = _emitted(model, example_inputs)
     interface: Interface = module.meta[INTERFACE]
     call, size = ENGINES[engine](module, interface)
     return CompiledModel(engine, interface, size, call)
+
+
+def check_engine(name: str) -> None:
+    """Raises :class:`InputError` with near names if there is no such engine."""
+    if name not in ENGINES:
+        near = did_you_mean(name, ENGINES) or f"; engines: {', '.join(ENGINES)}"
+        raise InputError(f"there is no engine {name!r}{near}")
 
 
 def _emitted(model: Any, example_inputs: Any) -> fx.GraphModule:
@@ -88,7 +93,17 @@ def _eager(module: fx.GraphModule, interface: Interface) -> Built:
 
 
 def _inductor(module: fx.GraphModule, interface: Interface) -> Built:
-    return torch.compile(module.eval(), backend="inductor"), _weight_bytes(module)
+    compiled = torch.compile(module.eval(), backend="inductor")
+    try:
+        with torch.no_grad():
+            compiled(*interface.args, **interface.kwargs)
+    except Exception as error:  # those of dynamo, inductor and the C++ compiler share no base class
+        reason = str(error).strip().partition("\n")[0]
+        raise ArtifactError(
+            f"inductor cannot compile the model: {type(error).__name__}: {reason}; "
+            "install a C++ compiler such as g++, or choose another engine"
+        ) from error
+    return compiled, _weight_bytes(module)
 
 
 def _weight_bytes(module: nn.Module) -> int:

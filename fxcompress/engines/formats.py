@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import tempfile
@@ -84,8 +85,11 @@ class _TensorOutputs(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-        return tuple(leaf for leaf in tree_flatten(self.model(*args, **kwargs))[0] if isinstance(leaf, torch.Tensor))
+        @functools.wraps(model.forward)  # torch.export reads the signature, and names what it guards after it
+        def forward(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+            return tuple(leaf for leaf in tree_flatten(model(*args, **kwargs))[0] if isinstance(leaf, torch.Tensor))
+
+        self.forward = forward
 
 
 def _write_onnx(module: nn.Module, interface: Interface, path: Path, names: Names) -> None:

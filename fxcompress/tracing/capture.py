@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import operator
 from collections import defaultdict
+from contextlib import redirect_stderr
 from typing import Any
 
 import torch
@@ -28,12 +30,13 @@ def export(model: nn.Module, inputs: ExampleInputs) -> ExportedProgram:
     """
     leaves = [_prepared(leaf, inputs.batch.get(index)) for index, leaf in enumerate(inputs.leaves)]
     args, kwargs = tree_unflatten(leaves, inputs.spec)
-    shapes = ShapesCollection()
+    shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
     for index, dims in inputs.dynamic.items():
         shapes[leaves[index]] = dict.fromkeys(dims, Dim.AUTO if inputs.constrained else Dim.DYNAMIC)
     try:
         dynamic_shapes = shapes.dynamic_shapes(model, args, kwargs) if inputs.dynamic else None
-        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+        with redirect_stderr(io.StringIO()):  # a failing export prints the whole graph it has so far
+            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
         raise CaptureError(_explain(model, error)) from error
 

@@ -94,7 +94,7 @@ def prepare(
             _check_leaf(label, leaf)
     _check_devices(model, labels, leaves)
     batch = _batch_dims(leaves, batch_dim)
-    dims = {index: (dim,) for index, dim in batch.items()}
+    dims: dict[int, tuple[int, ...]] = {index: (dim,) for index, dim in batch.items()}
     for name, extra in (dynamic or {}).items():
         for index in _leaves_of(name, labels, leaves, extra):
             dims[index] = tuple(sorted({*dims.get(index, ()), *(d % leaves[index].dim() for d in extra)}))

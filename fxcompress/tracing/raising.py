@@ -204,4 +204,4 @@ def _restore_extra_state(module: nn.Module, layer: Layer, path: str, origin: Ori
             fresh = torch.tensor(0, dtype=torch.long, device=device)
             set_state(module, leaf, origin.state.get(f"{path}.{leaf}", fresh))
     if path in origin.cumulative:
-        module.momentum = None
+        setattr(module, "momentum", None)  # noqa: B010, typed as a float in torch

@@ -93,7 +93,7 @@ def _from_exported(exported: ExportedProgram, example_inputs: Any) -> Program:
     model = exported.module()
     inputs = prepare(model, example_inputs, None, None)
     dims = {
-        index: tuple(d for d, size in enumerate(val.shape) if isinstance(size, torch.SymInt))
+        index: tuple(d for d, size in enumerate(val.size()) if not isinstance(size, int))
         for index, val in enumerate(_input_values(exported))
         if isinstance(val, torch.Tensor)
     }
@@ -197,8 +197,8 @@ def _settle_state(graph_module: fx.GraphModule, names: Aliases, origin: Origin) 
     )
     for every in names.values():
         tensor = next((present[name] for name in every if name in present and id(present[name]) in read), None)
-        for alias in every if tensor is not None else ():
-            if alias not in present:
+        for alias in every:
+            if tensor is not None and alias not in present:
                 set_state(graph_module, alias, tensor)
     drop_unread_state(graph_module)
     kept = set(graph_module.state_dict())

@@ -3,11 +3,11 @@ import sys
 import pytest
 import torch
 from torch import nn
+from toys import toy_program
 
 import fxcompress as fxc
 from fxcompress.bench import bench
 from fxcompress.latency import Latency
-from toys import toy_program
 
 
 class TwoWays(nn.Module):

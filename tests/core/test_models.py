@@ -5,12 +5,12 @@ import sys
 import pytest
 import torch
 from torch import nn
+from toys import toy_program
 
 from fxcompress.artifact import save
 from fxcompress.errors import ArtifactError, InputError, MissingExtraError
 from fxcompress.models import load_model
 from fxcompress.program import Program
-from toys import toy_program
 
 FACTORIES = """
 import torch
@@ -48,7 +48,7 @@ def test_torchvision_takes_its_own_input_size():
 
 
 def test_torchvision_model_without_a_single_input_size_asks_for_input():
-    with pytest.raises(InputError, match="'torchvision:raft_small' does not say what inputs it takes; .*--input"):
+    with pytest.raises(InputError, match=r"'torchvision:raft_small' does not say what inputs it takes; .*--input"):
         load_model("torchvision:raft_small")
 
 
@@ -138,7 +138,7 @@ def test_bad_factory(models_file, name, message):
 def test_file_that_fails_on_import_says_how(tmp_path):
     path = tmp_path / "broken.py"
     path.write_text("import no_such_package_here")
-    with pytest.raises(InputError, match="broken.py fails on import with ModuleNotFoundError: No module named"):
+    with pytest.raises(InputError, match=r"broken\.py fails on import with ModuleNotFoundError: No module named"):
         load_model(f"{path}:build")
 
 

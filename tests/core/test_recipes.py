@@ -35,3 +35,8 @@ def test_a_name_that_is_neither_recipe_nor_pass_names_what_is_near():
         choose("defaullt")
     with pytest.raises(PipelineError, match="unknown pass 'fold-batchnrom'; did you mean 'fold-batchnorm'"):
         choose("fold-batchnrom")
+
+
+def test_a_pass_whose_name_is_near_a_recipe_is_a_pass(monkeypatch):
+    monkeypatch.setattr("fxcompress.recipes.RECIPES", {"fold-batchnorms": "fold-constants"})
+    assert choose("fold-batchnorm") == parse("fold-batchnorm")

@@ -458,7 +458,7 @@ class Bank(nn.Module):
 many_layers = st.lists(layers(), min_size=6, max_size=6)
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=4, deadline=None, derandomize=True)
 @given(many_layers)
 def test_any_layer_takes_up_the_batch_norm_after_it(cases):
     bank = Bank(nn.Sequential(layer, norm_of(layer, out)) for layer, _, out, _ in cases)
@@ -466,7 +466,7 @@ def test_any_layer_takes_up_the_batch_norm_after_it(cases):
     check_folds(bank, tuple(x for *_, x in cases), folded=len(cases))
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=4, deadline=None, derandomize=True)
 @given(many_layers)
 def test_any_layer_takes_up_the_batch_norm_before_it_or_refuses_rightly(cases):
     bank = settled(Bank(nn.Sequential(norm_of(layer, into), layer) for layer, into, _, _ in cases))
