@@ -12,7 +12,10 @@ from importlib.metadata import version
 
 from rich.logging import RichHandler
 
-from fxcompress.cli import bench, compress, inspect, passes
+from fxcompress.cli.bench import add_to as add_bench
+from fxcompress.cli.compress import add_to as add_compress
+from fxcompress.cli.inspect import add_to as add_inspect
+from fxcompress.cli.passes import add_to as add_passes
 from fxcompress.cli.terminal import Terminal
 from fxcompress.errors import FxCompressError
 
@@ -50,8 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("fxcompress", description="Makes PyTorch networks smaller and faster.")
     parser.add_argument("--version", action="version", version=f"fxcompress {version('fxcompress')}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (compress, inspect, passes, bench):
-        command.add_to(commands)
+    for add_command in (add_compress, add_inspect, add_passes, add_bench):
+        add_command(commands)
     return parser
 
 
