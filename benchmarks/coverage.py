@@ -1,7 +1,7 @@
 """Coverage: traces every model of the zoo and checks what is emitted against the original.
 
-One process a model, memory-capped, resumable: results are appended to ``results/coverage.jsonl`` as they come, and models
-that are in it already are skipped. ``--only PATTERN`` narrows the run, ``--again`` runs failures anew.
+One process a model, memory-capped, resumable: results are appended to ``results/coverage.jsonl`` as they come, and
+models that are in it already are skipped. ``--only PATTERN`` narrows the run, ``--again`` runs failures anew.
 
     python benchmarks/coverage.py
     python benchmarks/coverage.py --only 'timm:*vit*' --jobs 2
@@ -47,9 +47,8 @@ def main() -> int:
 
 
 def run_all(pattern: str, jobs: int, again: bool) -> int:
-    from rich.progress import track
-
     import zoo
+    from rich.progress import track
 
     wanted = [name for name in zoo.names() if fnmatch.fnmatch(name, pattern)]
     RESULTS.parent.mkdir(exist_ok=True)
@@ -105,7 +104,6 @@ class Timings(logging.Handler):
 def examine(name: str) -> dict[str, Any]:
     """All checks on one model; ``failed`` names the first that does not hold."""
     import torch
-
     import zoo
 
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_GB << 30, MEMORY_GB << 30))
@@ -119,8 +117,9 @@ def examine(name: str) -> dict[str, Any]:
     stage = "build"
     try:
         subject = zoo.build(name)
-        for stage, check in (_ISLAND_CHECKS if subject.islands else _CHECKS).items():
-            row.update(check(subject, row))
+        checks = _ISLAND_CHECKS if subject.islands else _CHECKS
+        for stage in checks:  # noqa: B007, the last one is named when it fails
+            row.update(checks[stage](subject, row))
         row["ok"] = True
     except Exception as error:
         row["failed"] = f"{stage}: {type(error).__name__}: {str(error)[:600]}"
@@ -332,7 +331,7 @@ def difference(expected: Any, found: Any) -> float:
     """Largest error relative to the largest value of each output."""
     from torch.utils._pytree import tree_leaves
 
-    from fxcompress.numerics import compare_outputs
+    from fxcompress.verification.numerics import compare_outputs
 
     comparison = compare_outputs(tree_leaves(expected), tree_leaves(found))
     return 0.0 if comparison.exact else comparison.max_rel_error

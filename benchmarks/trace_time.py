@@ -1,7 +1,7 @@
 """What tracing costs beside torch.export itself, and how it grows with depth.
 
-For each depth, in interleaved rounds: seconds in torch.export, and seconds to normalise, raise and verify. The claim is a
-ratio of at most 1 and a time per node that stays flat.
+For each depth, in interleaved rounds: seconds in torch.export, and seconds to normalise, raise and verify. The claim is
+a ratio of at most 1 and a time per node that stays flat.
 
     python benchmarks/trace_time.py
 """
@@ -17,12 +17,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from coverage import Timings
 from environment import write_results
 from tabulate import tabulate
 from torch import nn
 
 import fxcompress as fxc
-from coverage import Timings
 
 
 def llama(depth: int) -> tuple[nn.Module, Any]:

@@ -237,10 +237,12 @@ def _sam() -> tuple[nn.Module, dict[str, Any]]:
 
     config = SamConfig(
         vision_config=SamVisionConfig(
-            hidden_size=64, output_channels=32, num_hidden_layers=2, num_attention_heads=4, image_size=64, patch_size=16,
-            mlp_dim=128, window_size=2, global_attn_indexes=[1], num_pos_feats=16,
+            hidden_size=64, output_channels=32, num_hidden_layers=2, num_attention_heads=4, image_size=64,
+            patch_size=16, mlp_dim=128, window_size=2, global_attn_indexes=[1], num_pos_feats=16,
         ).to_dict(),
-        prompt_encoder_config=SamPromptEncoderConfig(hidden_size=32, image_size=64, patch_size=16, mask_input_channels=8).to_dict(),
+        prompt_encoder_config=SamPromptEncoderConfig(
+            hidden_size=32, image_size=64, patch_size=16, mask_input_channels=8
+        ).to_dict(),
         mask_decoder_config=SamMaskDecoderConfig(
             hidden_size=32, mlp_dim=64, num_hidden_layers=2, num_attention_heads=4, iou_head_hidden_dim=32
         ).to_dict(),

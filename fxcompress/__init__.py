@@ -16,10 +16,10 @@ from fxcompress.errors import (
     PipelineError,
     VerificationError,
 )
-from fxcompress.manager import PassManager, Result
+from fxcompress.ir.program import Diagnostic, Program
+from fxcompress.manager.pass_manager import PassManager, Result
 from fxcompress.pass_base import Analysis, PassResult, Refusal, Transform
-from fxcompress.pipeline import Pipeline, parse
-from fxcompress.program import Diagnostic, Program
+from fxcompress.pipeline.text import Pipeline, parse
 from fxcompress.registry import register
 from fxcompress.report import Report
 from fxcompress.task import Task

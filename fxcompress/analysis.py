@@ -8,10 +8,10 @@ from typing import Any, TypeVar, overload
 
 from fxcompress import registry
 from fxcompress.errors import InputError, VerificationError, did_you_mean
-from fxcompress.fingerprint import difference, fingerprint
+from fxcompress.ir.program import Program
+from fxcompress.manager.fingerprint import difference, fingerprint
 from fxcompress.pass_base import Analysis, Pass
-from fxcompress.pipeline import parse
-from fxcompress.program import Program
+from fxcompress.pipeline.text import parse
 from fxcompress.task import Task
 
 T = TypeVar("T")

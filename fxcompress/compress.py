@@ -13,11 +13,11 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from fxcompress.errors import InputError
-from fxcompress.manager import PassManager
+from fxcompress.ir.program import Program
+from fxcompress.manager.pass_manager import PassManager
 from fxcompress.pass_base import Pass
-from fxcompress.pipeline import Pipeline
-from fxcompress.program import Program
-from fxcompress.recipes import choose
+from fxcompress.pipeline.recipes import choose
+from fxcompress.pipeline.text import Pipeline
 from fxcompress.report.formatting import UNITS
 from fxcompress.report.rows import Measure
 from fxcompress.task import Task

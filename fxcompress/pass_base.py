@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
-from fxcompress.options import freeze_options
+from fxcompress.pipeline.options import freeze_options
 
 if TYPE_CHECKING:
-    from fxcompress.program import Program
+    from fxcompress.ir.program import Program
     from fxcompress.task import Task
 
 T = TypeVar("T")
@@ -73,7 +73,7 @@ class Pass(ABC):
         freeze_options(self)
 
     def __str__(self) -> str:
-        from fxcompress.pipeline import pass_text
+        from fxcompress.pipeline.text import pass_text
 
         return pass_text(self)
 

@@ -19,8 +19,8 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Literal, TypeVar, get_args
 
 from fxcompress.errors import InputError, did_you_mean
-from fxcompress.options import Option, options_of
 from fxcompress.pass_base import Analysis, Guarantee, Pass, Transform, describe
+from fxcompress.pipeline.options import Option, options_of
 
 GROUP = "fxcompress.passes"
 

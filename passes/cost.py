@@ -16,11 +16,11 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
-from fxcompress.example_sizes import ExampleSizes
-from fxcompress.macs import RULES, ShapedCall
-from fxcompress.ops import Operation, operation, state_read
+from fxcompress.ir.example_sizes import ExampleSizes
+from fxcompress.ir.macs import RULES, ShapedCall
+from fxcompress.ir.ops import Operation, operation, state_read
+from fxcompress.ir.program import Program
 from fxcompress.pass_base import Analysis
-from fxcompress.program import Program
 from fxcompress.task import Task
 
 

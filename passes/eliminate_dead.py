@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fxcompress.dead_code import drop_unread_state, eliminate_dead
+from fxcompress.ir.dead_code import drop_unread_state, eliminate_dead
+from fxcompress.ir.program import Program
 from fxcompress.pass_base import Guarantee, PassResult, Transform
-from fxcompress.program import Program
 from fxcompress.task import Task
 
 

@@ -26,12 +26,12 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from fxcompress.dead_code import drop_unread_state, eliminate_dead
-from fxcompress.ops import Operation, operation, readers
+from fxcompress.ir.dead_code import drop_unread_state, eliminate_dead
+from fxcompress.ir.ops import Operation, operation, readers
+from fxcompress.ir.program import Program
+from fxcompress.ir.weighted import WeightedLayer, put_weight, weighted_layers
 from fxcompress.pass_base import Guarantee, PassResult, Refusal, Transform
-from fxcompress.program import Program
 from fxcompress.task import Task
-from fxcompress.weighted import WeightedLayer, put_weight, weighted_layers
 
 aten = torch.ops.aten
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fxcompress.constants import fold_constants
-from fxcompress.dead_code import drop_unread_state
+from fxcompress.ir.constants import fold_constants
+from fxcompress.ir.dead_code import drop_unread_state
+from fxcompress.ir.program import Program
 from fxcompress.pass_base import Guarantee, PassResult, Transform
-from fxcompress.program import Program
 from fxcompress.task import Task
 
 

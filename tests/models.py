@@ -3,7 +3,7 @@
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fxcompress.manager import PassManager
+from fxcompress.manager.pass_manager import PassManager
 
 
 def settled(model, seed=0):

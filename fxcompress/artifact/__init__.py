@@ -23,13 +23,13 @@ from fxcompress.artifact.graph import decode_graph, encode_graph, encode_symbols
 from fxcompress.artifact.modules import decode_modules, encode_modules, encode_state, states
 from fxcompress.artifact.structure import decode_interface, encode_interface
 from fxcompress.artifact.values import Decoder
-from fxcompress.emit import with_signature
+from fxcompress.engines.reexport import reexport
 from fxcompress.errors import ArtifactError, CaptureError
-from fxcompress.program import Diagnostic, Program
-from fxcompress.reexport import reexport
+from fxcompress.ir.emit import with_signature
+from fxcompress.ir.program import Diagnostic, Program
 from fxcompress.staging import staged
 from fxcompress.tracing.untouched import borrowed
-from fxcompress.verifier import verify
+from fxcompress.verification.verifier import verify
 
 
 def save(

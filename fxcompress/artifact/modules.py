@@ -12,8 +12,8 @@ from torch import fx, nn
 
 from fxcompress.artifact.values import Decoder, encode
 from fxcompress.errors import ArtifactError
-from fxcompress.layers import LAYERS, layer_of
-from fxcompress.ops import set_module, set_state
+from fxcompress.ir.layers import LAYERS, layer_of
+from fxcompress.ir.ops import set_module, set_state
 
 CONTAINER = "container"
 _CLASSES = {layer.module.__name__: layer.module for layer in LAYERS}

@@ -18,7 +18,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from fxcompress.artifact.values import Decoder, encode, import_library
 from fxcompress.errors import ArtifactError
-from fxcompress.program import Interface
+from fxcompress.ir.program import Interface
 
 _LEAF = tree_flatten(0)[1]
 

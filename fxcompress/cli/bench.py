@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from fxcompress.bench import EngineRow, bench
 from fxcompress.cli.options import MODEL_HELP, add, command, loaded, traced
 from fxcompress.cli.terminal import Terminal
+from fxcompress.engines.bench import EngineRow, bench
 from fxcompress.engines.compile import ENGINES
-from fxcompress.numerics import Comparison
 from fxcompress.report.formatting import BYTES, counted
+from fxcompress.verification.numerics import Comparison
 
 _DEFAULT = ("eager", "onnxruntime", "openvino")
 

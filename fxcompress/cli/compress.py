@@ -17,11 +17,11 @@ from fxcompress.cli.output_folder import output_folder
 from fxcompress.cli.terminal import Terminal
 from fxcompress.compress import Compressed, compress
 from fxcompress.engines.export import export
+from fxcompress.engines.latency import Latency, measure
 from fxcompress.errors import FxCompressError, InputError, MissingExtraError
-from fxcompress.latency import Latency, measure
-from fxcompress.pipeline import Pipeline
-from fxcompress.program import Program
-from fxcompress.recipes import choose, recipe
+from fxcompress.ir.program import Program
+from fxcompress.pipeline.recipes import choose, recipe
+from fxcompress.pipeline.text import Pipeline
 from fxcompress.report import Measure, Report
 from fxcompress.report.formatting import BYTES, counted, measured, seconds
 from fxcompress.task import Task

@@ -11,7 +11,7 @@ from torch import fx
 
 from fxcompress.cli.options import MODEL_HELP, add, command, loaded, traced
 from fxcompress.cli.terminal import Terminal
-from fxcompress.program import Diagnostic, Program
+from fxcompress.ir.program import Diagnostic, Program
 from fxcompress.report.build import match_layers
 from fxcompress.report.formatting import BYTES, MACS, PARAMS, counted
 from fxcompress.report.rows import Figures, LayerRow

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from fxcompress.cli.example_inputs import BATCH, SYNTAX
+from fxcompress.cli.models import FORMS, LoadedModel, load_model
 from fxcompress.cli.terminal import Terminal
-from fxcompress.example_inputs import BATCH, SYNTAX
-from fxcompress.models import FORMS, LoadedModel, load_model
-from fxcompress.program import Program
-from fxcompress.recipes import RECIPES
+from fxcompress.ir.program import Program
+from fxcompress.pipeline.recipes import RECIPES
 from fxcompress.tracing import trace
 
 _OPTIONS: dict[str, dict[str, Any]] = {

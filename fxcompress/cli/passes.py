@@ -10,7 +10,7 @@ from fxcompress import registry
 from fxcompress.cli.options import command
 from fxcompress.cli.terminal import Terminal
 from fxcompress.pass_base import Transform
-from fxcompress.recipes import RECIPES
+from fxcompress.pipeline.recipes import RECIPES
 from fxcompress.registry import CatalogEntry
 
 

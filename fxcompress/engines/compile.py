@@ -12,11 +12,11 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fxcompress.emit import INTERFACE
 from fxcompress.engines.export import export, tensor_names
 from fxcompress.engines.formats import FORMATS, Run
 from fxcompress.errors import ArtifactError, InputError, did_you_mean
-from fxcompress.program import Interface, Program
+from fxcompress.ir.emit import INTERFACE
+from fxcompress.ir.program import Interface, Program
 from fxcompress.tracing import trace
 from fxcompress.tracing.inputs import flatten_call
 

@@ -13,14 +13,14 @@ import torch
 from torch import fx
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path
 
-from fxcompress.emit import INTERFACE, with_signature
 from fxcompress.engines.formats import Format, Names, format_of
 from fxcompress.errors import ArtifactError, CaptureError, InputError, MissingExtraError, VerificationError
-from fxcompress.numerics import compare_outputs
-from fxcompress.program import Interface, Program
+from fxcompress.ir.emit import INTERFACE, with_signature
+from fxcompress.ir.program import Interface, Program
 from fxcompress.staging import staged
 from fxcompress.tracing.inputs import prepare
 from fxcompress.tracing.untouched import borrowed, seeded
+from fxcompress.verification.numerics import compare_outputs
 
 TOLERANCES = {
     torch.float64: 1e-5,  # engines may compute in float32

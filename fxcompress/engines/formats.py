@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
+from fxcompress.engines.reexport import reexport
 from fxcompress.errors import ArtifactError, InputError
-from fxcompress.program import Interface
-from fxcompress.reexport import reexport
+from fxcompress.ir.program import Interface
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
-from fxcompress.program import Program
-from fxcompress.record import Record
+from fxcompress.ir.program import Program
+from fxcompress.manager.record import Record
 from fxcompress.report.model import Report
 from fxcompress.report.rows import LayerFigures, LayerRow, Measure, PassRow
 from fxcompress.tracing.raising import called_path

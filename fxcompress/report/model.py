@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike
 
+from fxcompress.ir.program import Diagnostic
 from fxcompress.pass_base import Refusal
-from fxcompress.program import Diagnostic
 from fxcompress.report.formatting import counted, measured
 from fxcompress.report.rows import Figures, LayerRow, Measure, PassRow, Status
 

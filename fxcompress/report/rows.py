@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from fxcompress.numerics import Comparison
 from fxcompress.pass_base import Refusal
+from fxcompress.verification.numerics import Comparison
 
 
 class Status(StrEnum):

@@ -9,11 +9,11 @@ from dataclasses import asdict
 from typing import Any, TypeVar
 
 from fxcompress.errors import ArtifactError
-from fxcompress.numerics import Comparison
+from fxcompress.ir.program import Diagnostic
 from fxcompress.pass_base import Refusal
-from fxcompress.program import Diagnostic
 from fxcompress.report.model import Report
 from fxcompress.report.rows import LayerFigures, LayerRow, Measure, PassRow
+from fxcompress.verification.numerics import Comparison
 
 SCHEMA = "fxcompress-report"
 VERSION = 1

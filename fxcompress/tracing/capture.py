@@ -15,8 +15,8 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import tree_unflatten
 
 from fxcompress.errors import CaptureError
-from fxcompress.ops import set_state
-from fxcompress.program import CONSTANTS
+from fxcompress.ir.ops import set_state
+from fxcompress.ir.program import CONSTANTS
 from fxcompress.tracing.inputs import ExampleInputs
 
 hop = torch.ops.higher_order

@@ -2,8 +2,8 @@
 
 A write through a view (``x[:, 1:] += y``) becomes a functional operation whose result is scattered back into the
 tensors it was a view of, and other views that are read later are taken again from the new value. This is what
-``torch.func.functionalize`` does while tracing; doing it on the graph keeps dropout, batch norm and the module paths that
-a second trace would lose.
+``torch.func.functionalize`` does while tracing; doing it on the graph keeps dropout, batch norm and the module paths
+that a second trace would lose.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
 from fxcompress.errors import CaptureError
-from fxcompress.ops import bind
+from fxcompress.ir.ops import bind
 
 aten = torch.ops.aten
 
@@ -45,8 +45,8 @@ def is_mutating(node: fx.Node) -> bool:
 class _Functionalizer:
     """Walks a graph in order and keeps track of which nodes share memory.
 
-    ``parent`` leads from a view to what it is a view of, ``views`` back, and ``recipe`` to the node whose operation takes
-    the view (a view that was written to is computed by another operation, but is taken again by this one).
+    ``parent`` leads from a view to what it is a view of, ``views`` back, and ``recipe`` to the node whose operation
+    takes the view (a view that was written to is computed by another operation, but is taken again by this one).
     """
 
     def __init__(self, graph: fx.Graph) -> None:
@@ -144,7 +144,7 @@ def _substitute(old: Any, new: fx.Node, operand: fx.Node) -> fx.Node:
 
 
 def _is_constant(node: fx.Node) -> bool:
-    from fxcompress.program import CONSTANTS
+    from fxcompress.ir.program import CONSTANTS
 
     return str(node.target).startswith(CONSTANTS + ".")
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from fxcompress.errors import InputError
-from fxcompress.program import Interface
+from fxcompress.ir.program import Interface
 
 Dynamic = Mapping[str, Sequence[int]]
 """Input name -> dims, beside the batch dim, whose size may change from call to call."""

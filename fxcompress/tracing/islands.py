@@ -18,11 +18,11 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_leaves
 
 from fxcompress.errors import CaptureError, FxCompressError, InputError, VerificationError
-from fxcompress.numerics import compare_outputs, rounding_tolerance
-from fxcompress.program import Diagnostic, Program
+from fxcompress.ir.program import Diagnostic, Program
 from fxcompress.tracing.inputs import prepare, split_call
 from fxcompress.tracing.tracer import capture, check_weights
 from fxcompress.tracing.untouched import borrowed, seeded
+from fxcompress.verification.numerics import compare_outputs, rounding_tolerance
 
 logger = logging.getLogger(__name__)
 

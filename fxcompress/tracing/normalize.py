@@ -9,8 +9,8 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from fxcompress.dead_code import eliminate_dead
-from fxcompress.ops import bind
+from fxcompress.ir.dead_code import eliminate_dead
+from fxcompress.ir.ops import bind
 from fxcompress.tracing.functionalize import same_shape, sizes
 
 aten = torch.ops.aten

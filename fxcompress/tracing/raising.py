@@ -11,8 +11,8 @@ import torch
 from torch import fx, nn
 from torch._ops import OpOverload
 
-from fxcompress.layers import BY_OVERLOAD, Layer
-from fxcompress.ops import bind, get_state, set_module, set_state
+from fxcompress.ir.layers import BY_OVERLOAD, Layer
+from fxcompress.ir.ops import bind, get_state, set_module, set_state
 
 Aliases = dict[str, list[str]]
 """First name of a parameter or buffer -> every name it has in the model."""

@@ -13,11 +13,11 @@ from torch.export import ExportedProgram
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_flatten
 
-from fxcompress.constants import fold_constants
-from fxcompress.dead_code import drop_unread_state, eliminate_dead
 from fxcompress.errors import InputError
-from fxcompress.ops import set_state, state_read
-from fxcompress.program import Program
+from fxcompress.ir.constants import fold_constants
+from fxcompress.ir.dead_code import drop_unread_state, eliminate_dead
+from fxcompress.ir.ops import set_state, state_read
+from fxcompress.ir.program import Program
 from fxcompress.tracing.capture import aliases as state_aliases
 from fxcompress.tracing.capture import export, lift
 from fxcompress.tracing.functionalize import functionalize
@@ -206,8 +206,8 @@ def _settle_state(graph_module: fx.GraphModule, names: Aliases, origin: Origin) 
 
 
 def _verify(program: Program, model: nn.Module, reference: Any) -> None:
-    from fxcompress.numerics import check_against_model
-    from fxcompress.verifier import verify
+    from fxcompress.verification.numerics import check_against_model
+    from fxcompress.verification.verifier import verify
 
     verify(program)
     if reference is not None:

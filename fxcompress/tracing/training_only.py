@@ -8,8 +8,8 @@ from collections.abc import Iterable
 
 from torch import fx, nn
 
-from fxcompress.layers import layer_of
-from fxcompress.program import Diagnostic
+from fxcompress.ir.layers import layer_of
+from fxcompress.ir.program import Diagnostic
 
 _LISTED = 3
 

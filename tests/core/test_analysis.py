@@ -9,7 +9,7 @@ from toys import TOYS, CountNodes, Scale, WeightNorm, WritingAnalysis, put_weigh
 from fxcompress import registry
 from fxcompress.analysis import analyze, invalidate
 from fxcompress.errors import InputError, VerificationError
-from fxcompress.fingerprint import checksums, difference, fingerprint
+from fxcompress.manager.fingerprint import checksums, difference, fingerprint
 from fxcompress.pass_base import Analysis
 from fxcompress.task import Task
 

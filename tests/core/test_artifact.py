@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 import fxcompress as fxc
 from fxcompress.artifact import archive, read_manifest
-from fxcompress.verifier import verify
+from fxcompress.verification.verifier import verify
 
 
 class Tied(nn.Module):

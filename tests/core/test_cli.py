@@ -12,7 +12,7 @@ import fxcompress as fxc
 from fxcompress import digits, registry
 from fxcompress.cli import compress as cli_compress
 from fxcompress.cli import main
-from fxcompress.recipes import RECIPES
+from fxcompress.pipeline.recipes import RECIPES
 
 MODELS = """
 import torch
@@ -118,7 +118,7 @@ def test_inspect_graph_prints_the_program(small, capsys):
 
 
 def _small_model(reference):
-    from fxcompress.models import load_model
+    from fxcompress.cli.models import load_model
 
     found = load_model(reference)
     return found.model, found.example_inputs

@@ -6,8 +6,8 @@ from torch import nn
 from toys import toy_program
 
 import fxcompress as fxc
-from fxcompress.bench import bench
-from fxcompress.latency import Latency
+from fxcompress.engines.bench import bench
+from fxcompress.engines.latency import Latency
 
 
 class TwoWays(nn.Module):

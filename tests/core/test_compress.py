@@ -7,7 +7,7 @@ from torch import fx, nn
 
 import fxcompress as fxc
 from fxcompress.artifact import read_manifest
-from fxcompress.pipeline import parse
+from fxcompress.pipeline.text import parse
 from fxcompress.report import Measure
 
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from fxcompress.cli.example_inputs import BATCH, example_inputs
 from fxcompress.errors import InputError
-from fxcompress.example_inputs import BATCH, example_inputs
 
 
 def test_sizes_get_a_batch_dim_and_normal_values():

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fxcompress as fxc
-from fxcompress.numerics import compare_outputs
 from fxcompress.tracing.functionalize import is_mutating
+from fxcompress.verification.numerics import compare_outputs
 
 
 class InPlace(nn.Module):

@@ -23,7 +23,7 @@ from toys import (
 
 from fxcompress import registry
 from fxcompress.errors import ArtifactError, InputError, VerificationError
-from fxcompress.instruments import (
+from fxcompress.manager.instruments import (
     AnalysisCheck,
     Dump,
     Instrument,
@@ -32,8 +32,8 @@ from fxcompress.instruments import (
     Verify,
     default_instruments,
 )
-from fxcompress.manager import PassManager
-from fxcompress.same import same
+from fxcompress.manager.pass_manager import PassManager
+from fxcompress.manager.same import same
 from fxcompress.task import Task
 
 
@@ -134,7 +134,7 @@ def test_analysis_check_accepts_what_is_preserved_and_skips_what_it_is_told(prog
 
 def test_timing_has_a_row_for_each_pass(program, caplog):
     timing = Timing()
-    with caplog.at_level(logging.INFO, "fxcompress.instruments"):
+    with caplog.at_level(logging.INFO, "fxcompress.manager.instruments"):
         result = PassManager("scale,scale,count-nodes", [timing]).run(program)
     assert list(timing.seconds) == ["01 scale", "02 scale", "03 count-nodes"]
     assert list(timing.seconds.values()) == [record.seconds for record in result.records]
@@ -143,11 +143,11 @@ def test_timing_has_a_row_for_each_pass(program, caplog):
 
 
 def test_print_after_logs_the_text_after_the_named_passes(program, caplog):
-    with caplog.at_level(logging.INFO, "fxcompress.instruments"):
+    with caplog.at_level(logging.INFO, "fxcompress.manager.instruments"):
         result = PassManager("scale,nothing", [PrintAfter("scale")]).run(program)
     assert caplog.messages == [f"after scale:\n{result.program.text()}"]
     caplog.clear()
-    with caplog.at_level(logging.INFO, "fxcompress.instruments"):
+    with caplog.at_level(logging.INFO, "fxcompress.manager.instruments"):
         PassManager("scale,nothing", [PrintAfter()]).run(program)
     assert [message.partition(":")[0] for message in caplog.messages] == ["after scale", "after nothing"]
 

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-import fxcompress.latency
+import fxcompress.engines.latency
+from fxcompress.engines.latency import Latency, measure
 from fxcompress.errors import InputError
-from fxcompress.latency import Latency, measure
 
 
 class Clock:
@@ -29,7 +29,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     made = Clock()
-    monkeypatch.setattr(fxcompress.latency, "time", SimpleNamespace(perf_counter=lambda: made.now))
+    monkeypatch.setattr(fxcompress.engines.latency, "time", SimpleNamespace(perf_counter=lambda: made.now))
     return made
 
 

@@ -21,10 +21,10 @@ from toys import (
 )
 
 from fxcompress import registry
-from fxcompress.bisect import bisect
 from fxcompress.errors import InputError, VerificationError
-from fxcompress.fingerprint import checksums, difference, fingerprint
-from fxcompress.manager import PassManager
+from fxcompress.manager.bisect import bisect
+from fxcompress.manager.fingerprint import checksums, difference, fingerprint
+from fxcompress.manager.pass_manager import PassManager
 from fxcompress.pass_base import PassResult
 
 

@@ -8,9 +8,9 @@ from torch import nn
 from toys import toy_program
 
 from fxcompress.artifact import save
+from fxcompress.cli.models import load_model
 from fxcompress.errors import ArtifactError, InputError, MissingExtraError
-from fxcompress.models import load_model
-from fxcompress.program import Program
+from fxcompress.ir.program import Program
 
 FACTORIES = """
 import torch

@@ -4,15 +4,15 @@ import math
 
 import pytest
 import torch
-from toys import put_weight, toy_program, weight
 from torch import nn
+from toys import put_weight, toy_program, weight
 
 import fxcompress as fxc
 from fxcompress.errors import VerificationError
-from fxcompress.numerics import check_exact, compare, compare_outputs, rounding_tolerance
-from fxcompress.ops import set_state
-from fxcompress.verifier import violations
-from fxcompress.widened import widened
+from fxcompress.ir.ops import set_state
+from fxcompress.verification.numerics import check_exact, compare, compare_outputs, rounding_tolerance
+from fxcompress.verification.verifier import violations
+from fxcompress.verification.widened import widened
 
 aten = torch.ops.aten
 

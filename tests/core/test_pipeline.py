@@ -9,9 +9,9 @@ from toys import CountNodes, Scale
 
 from fxcompress import registry
 from fxcompress.errors import InputError, PipelineError
-from fxcompress.option_types import FrozenMapping
 from fxcompress.pass_base import Analysis
-from fxcompress.pipeline import Pipeline, as_pipeline, parse
+from fxcompress.pipeline.option_types import FrozenMapping
+from fxcompress.pipeline.text import Pipeline, as_pipeline, parse
 
 
 @dataclass(frozen=True)

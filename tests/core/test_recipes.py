@@ -2,8 +2,8 @@ import pytest
 
 from fxcompress import registry
 from fxcompress.errors import InputError, PipelineError
-from fxcompress.pipeline import parse
-from fxcompress.recipes import RECIPES, choose, recipe
+from fxcompress.pipeline.recipes import RECIPES, choose, recipe
+from fxcompress.pipeline.text import parse
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -38,5 +38,5 @@ def test_a_name_that_is_neither_recipe_nor_pass_names_what_is_near():
 
 
 def test_a_pass_whose_name_is_near_a_recipe_is_a_pass(monkeypatch):
-    monkeypatch.setattr("fxcompress.recipes.RECIPES", {"fold-batchnorms": "fold-constants"})
+    monkeypatch.setattr("fxcompress.pipeline.recipes.RECIPES", {"fold-batchnorms": "fold-constants"})
     assert choose("fold-batchnorm") == parse("fold-batchnorm")

@@ -12,14 +12,14 @@ from torch import nn
 
 import fxcompress as fxc
 from fxcompress.errors import ArtifactError, InputError
-from fxcompress.manager import PassManager
-from fxcompress.numerics import Comparison
+from fxcompress.ir.program import Diagnostic
+from fxcompress.manager.pass_manager import PassManager
 from fxcompress.pass_base import Refusal
-from fxcompress.program import Diagnostic
 from fxcompress.report import Figures, LayerFigures, LayerRow, Measure, PassRow, Report, Status, build_report
 from fxcompress.report.build import LayerCost, match_layers
 from fxcompress.report.charts import charts, shares
 from fxcompress.report.formatting import BYTES, MACS, PARAMS, arrow, counted, measured, relative_change, seconds
+from fxcompress.verification.numerics import Comparison
 
 INJECTION = "<script>alert('x')</script>&\""
 

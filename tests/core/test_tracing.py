@@ -11,8 +11,8 @@ from torch.nn.utils import parametrizations
 from torch.utils import _pytree as pytree
 
 import fxcompress as fxc
-from fxcompress.numerics import compare_outputs
-from fxcompress.verifier import violations
+from fxcompress.verification.numerics import compare_outputs
+from fxcompress.verification.verifier import violations
 
 
 def layers(program):

@@ -31,8 +31,8 @@ def snapshot(model):
     return {
         path: (
             module.training,
-            {name: (id(tensor), tensor._version, tensor.clone()) for name, tensor in module._parameters.items() if tensor is not None},
-            {name: (id(tensor), tensor._version, tensor.clone()) for name, tensor in module._buffers.items() if tensor is not None},
+            {name: (id(t), t._version, t.clone()) for name, t in module._parameters.items() if t is not None},
+            {name: (id(t), t._version, t.clone()) for name, t in module._buffers.items() if t is not None},
             {name: id(child) for name, child in module._modules.items()},
             list(module._forward_hooks), list(module._forward_pre_hooks), list(module._backward_hooks),
             getattr(module, "last_shape", None),
@@ -97,21 +97,23 @@ def control_flow(model):
     model.conv.register_forward_hook(lambda module, args, out: out * 2 if out.sum() > 0 else out)
 
 
+INPUT, CAPTURE = fxc.InputError, fxc.CaptureError
+
 BAD_INPUTS = {
-    "shape": (nothing, lambda: torch.randn(2, 5, 8, 8), fxc.InputError, "fails on the example inputs.*x: torch.float32"),
-    "rank": (nothing, lambda: torch.randn(8), fxc.InputError, "fails on the example inputs"),
-    "dtype": (nothing, lambda: torch.ones(GOOD, dtype=torch.int64), fxc.InputError, "fails on the example inputs.*int64"),
-    "device": (nothing, lambda: torch.randn(GOOD, device="meta"), fxc.InputError, "'x' is on meta, but the model is on cpu"),
-    "too many": (nothing, lambda: (torch.randn(GOOD), torch.randn(2)), fxc.InputError, "do not fit Net.forward.*too many"),
-    "keyword": (nothing, lambda: {"image": torch.randn(GOOD)}, fxc.InputError, "do not fit Net.forward"),
-    "no tensor": (nothing, lambda: "an image", fxc.InputError, "hold no tensor"),
-    "none": (nothing, lambda: None, fxc.InputError, "hold no tensor"),
-    "empty batch": (nothing, lambda: torch.randn(0, 3, 8, 8), fxc.InputError, "'x' is empty"),
-    "nan input": (nothing, lambda: torch.full(GOOD, math.nan), fxc.InputError, "'x' holds NaN"),
-    "nan weight": (poisoned(math.nan), lambda: torch.randn(GOOD), fxc.InputError, "'head.bias' holds NaN or Inf"),
-    "inf weight": (poisoned(math.inf), lambda: torch.randn(GOOD), fxc.InputError, "'head.bias' holds NaN or Inf"),
-    "nan output": (norm_without_variance, lambda: torch.randn(GOOD), fxc.InputError, "gives NaN"),
-    "control flow": (control_flow, lambda: torch.randn(GOOD), fxc.CaptureError, "trace_islands"),
+    "shape": (nothing, lambda: torch.randn(2, 5, 8, 8), INPUT, "fails on the example inputs.*x: torch.float32"),
+    "rank": (nothing, lambda: torch.randn(8), INPUT, "fails on the example inputs"),
+    "dtype": (nothing, lambda: torch.ones(GOOD, dtype=torch.int64), INPUT, "fails on the example inputs.*int64"),
+    "device": (nothing, lambda: torch.randn(GOOD, device="meta"), INPUT, "'x' is on meta, but the model is on cpu"),
+    "too many": (nothing, lambda: (torch.randn(GOOD), torch.randn(2)), INPUT, "do not fit Net.forward.*too many"),
+    "keyword": (nothing, lambda: {"image": torch.randn(GOOD)}, INPUT, "do not fit Net.forward"),
+    "no tensor": (nothing, lambda: "an image", INPUT, "hold no tensor"),
+    "none": (nothing, lambda: None, INPUT, "hold no tensor"),
+    "empty batch": (nothing, lambda: torch.randn(0, 3, 8, 8), INPUT, "'x' is empty"),
+    "nan input": (nothing, lambda: torch.full(GOOD, math.nan), INPUT, "'x' holds NaN"),
+    "nan weight": (poisoned(math.nan), lambda: torch.randn(GOOD), INPUT, "'head.bias' holds NaN or Inf"),
+    "inf weight": (poisoned(math.inf), lambda: torch.randn(GOOD), INPUT, "'head.bias' holds NaN or Inf"),
+    "nan output": (norm_without_variance, lambda: torch.randn(GOOD), INPUT, "gives NaN"),
+    "control flow": (control_flow, lambda: torch.randn(GOOD), CAPTURE, "trace_islands"),
 }  # fmt: skip
 
 

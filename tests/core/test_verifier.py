@@ -4,12 +4,12 @@ import operator
 
 import pytest
 import torch
-from toys import toy_program
 from torch import nn
+from toys import toy_program
 
 from fxcompress.errors import VerificationError
-from fxcompress.ops import set_state
-from fxcompress.verifier import RULES, verify, violations
+from fxcompress.ir.ops import set_state
+from fxcompress.verification.verifier import RULES, verify, violations
 
 aten = torch.ops.aten
 

@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from fxcompress.ops import get_state, set_state
+from fxcompress.ir.ops import get_state, set_state
+from fxcompress.ir.program import Program
 from fxcompress.pass_base import Analysis, PassResult, Transform
-from fxcompress.program import Program
 from fxcompress.tracing import trace
 
 CHANGED, UNCHANGED = PassResult(changed=True), PassResult(changed=False)

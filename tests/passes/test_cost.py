@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxcompress import trace
-from fxcompress.macs import RULES, counts
+from fxcompress.ir.macs import RULES, counts
 
 aten = torch.ops.aten
 

@@ -6,8 +6,8 @@ from models import inputs, layer_kinds, run_pass, settled
 from torch import nn
 
 from fxcompress import trace
-from fxcompress.numerics import compare
-from fxcompress.ops import set_state
+from fxcompress.ir.ops import set_state
+from fxcompress.verification.numerics import compare
 
 
 class TwoHeads(nn.Module):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fxcompress import trace
 from fxcompress.errors import VerificationError
-from fxcompress.numerics import compare
+from fxcompress.verification.numerics import compare
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 CONV_TRANSPOSE = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}

@@ -7,7 +7,7 @@ from models import inputs, run_pass, settled
 from torch import nn
 
 from fxcompress import trace
-from fxcompress.numerics import compare
+from fxcompress.verification.numerics import compare
 
 aten = torch.ops.aten
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fxcompress import registry
 from fxcompress.errors import PipelineError
 from fxcompress.pass_base import Analysis
-from fxcompress.pipeline import Pipeline, parse
+from fxcompress.pipeline.text import Pipeline, parse
 
 
 @dataclass(frozen=True)

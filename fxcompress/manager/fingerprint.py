@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxcompress.program import Program
+from fxcompress.ir.program import Program
 
 _DERIVED_META = ("val", "tensor_meta")
 """Node metadata that follows from the graph; the verifier checks it."""

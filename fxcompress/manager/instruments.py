@@ -9,18 +9,18 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from fxcompress import numerics
 from fxcompress.analysis import analyze
 from fxcompress.errors import ArtifactError, InputError, VerificationError, did_you_mean
-from fxcompress.fingerprint import checksums
-from fxcompress.numerics import Comparison
+from fxcompress.ir.program import Program
+from fxcompress.manager.fingerprint import checksums
+from fxcompress.manager.record import Record
+from fxcompress.manager.same import same
 from fxcompress.pass_base import Guarantee, Pass, Transform
-from fxcompress.pipeline import Pipeline
-from fxcompress.program import Program
-from fxcompress.record import Record
-from fxcompress.same import same
+from fxcompress.pipeline.text import Pipeline
 from fxcompress.task import Task
-from fxcompress.verifier import verify
+from fxcompress.verification import numerics
+from fxcompress.verification.numerics import Comparison
+from fxcompress.verification.verifier import verify
 
 logger = logging.getLogger(__name__)
 

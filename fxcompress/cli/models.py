@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxcompress.cli.example_inputs import BATCH, example_inputs
 from fxcompress.errors import InputError, MissingExtraError, did_you_mean
-from fxcompress.example_inputs import BATCH, example_inputs
-from fxcompress.program import Program
+from fxcompress.ir.program import Program
 from fxcompress.tracing.untouched import seeded
 
 FORMS = "torchvision:NAME, timm:NAME, module.path:factory, file.py:factory or saved.pt2"

@@ -12,9 +12,9 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fxcompress.errors import VerificationError
-from fxcompress.layers import layer_of
-from fxcompress.ops import get_state
-from fxcompress.program import Program
+from fxcompress.ir.layers import layer_of
+from fxcompress.ir.ops import get_state
+from fxcompress.ir.program import Program
 from fxcompress.tracing.functionalize import is_mutating
 from fxcompress.tracing.normalize import ASSERTIONS
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fxcompress.pass_base import Pass, PassResult
 
 if TYPE_CHECKING:
-    from fxcompress.numerics import Comparison
+    from fxcompress.verification.numerics import Comparison
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from functools import partial
 from torch.utils._pytree import tree_flatten
 
 from fxcompress.engines.compile import CompiledModel, check_engine, compile
+from fxcompress.engines.latency import BUDGET_S, ROUNDS, Latency, measure
 from fxcompress.errors import FxCompressError, InputError
-from fxcompress.latency import BUDGET_S, ROUNDS, Latency, measure
-from fxcompress.numerics import Comparison, compare_outputs
-from fxcompress.program import Program
+from fxcompress.ir.program import Program
+from fxcompress.verification.numerics import Comparison, compare_outputs
 
 REFERENCE = "eager"
 

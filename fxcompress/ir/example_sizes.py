@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_map
 
-from fxcompress.program import Program
+from fxcompress.ir.program import Program
 
 
 class ExampleSizes:

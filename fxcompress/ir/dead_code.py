@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from fxcompress.ops import state_read
+from fxcompress.ir.ops import state_read
 
 
 def eliminate_dead(graph: fx.Graph) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch._ops import OpOverload
 
-from fxcompress.ops import Operation, operation, replace_state, set_state
+from fxcompress.ir.ops import Operation, operation, replace_state, set_state
 
 aten = torch.ops.aten
 

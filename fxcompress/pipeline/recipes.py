@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from fxcompress import registry
 from fxcompress.errors import InputError, did_you_mean
 from fxcompress.pass_base import Pass
-from fxcompress.pipeline import Pipeline, as_pipeline, parse
+from fxcompress.pipeline.text import Pipeline, as_pipeline, parse
 
 RECIPES: Mapping[str, str] = {
     "default": "eliminate-dead,fold-constants,fold-batchnorm",

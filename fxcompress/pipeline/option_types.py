@@ -15,8 +15,8 @@ from fractions import Fraction
 from typing import Any, ClassVar, Generic, Literal, TypeVar, Union, get_args, get_origin
 
 from fxcompress.errors import InputError, PipelineError, did_you_mean
-from fxcompress.pipeline_syntax import ListNode, Node, TableNode, Word, is_bare, parse_value, quote
-from fxcompress.units import units_like
+from fxcompress.pipeline.syntax import ListNode, Node, TableNode, Word, is_bare, parse_value, quote
+from fxcompress.pipeline.units import units_like
 
 K = TypeVar("K")
 V = TypeVar("V")

@@ -15,9 +15,9 @@ from typing import Any
 
 from fxcompress import registry
 from fxcompress.errors import InputError, PipelineError, did_you_mean
-from fxcompress.options import Option, options_of
 from fxcompress.pass_base import Pass
-from fxcompress.pipeline_syntax import Node, PassNode, Word, parse_syntax
+from fxcompress.pipeline.options import Option, options_of
+from fxcompress.pipeline.syntax import Node, PassNode, Word, parse_syntax
 
 
 @dataclass(frozen=True)

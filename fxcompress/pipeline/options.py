@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fxcompress.errors import InputError
-from fxcompress.option_types import OptionType, option_type
+from fxcompress.pipeline.option_types import OptionType, option_type
 
 if TYPE_CHECKING:
     from fxcompress.pass_base import Pass

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from fxcompress.program import Interface, Program, clone_graph_module
+from fxcompress.ir.program import Interface, Program, clone_graph_module
 
 STRUCTURE = "structure"
 """Prefix of the submodules that pack and unpack structures Python has no literal for (dataclasses)."""

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from fxcompress.program import Program
+from fxcompress.ir.program import Program
 
 _DTYPES = {
     torch.float64: "f64",

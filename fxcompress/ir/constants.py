@@ -9,8 +9,8 @@ from torch import fx
 from torch._ops import OpOverload
 from torch.fx.node import map_arg
 
-from fxcompress.ops import get_state, set_state
-from fxcompress.program import CONSTANTS
+from fxcompress.ir.ops import get_state, set_state
+from fxcompress.ir.program import CONSTANTS
 
 aten = torch.ops.aten
 

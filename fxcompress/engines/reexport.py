@@ -7,7 +7,7 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
 
-from fxcompress.program import Interface
+from fxcompress.ir.program import Interface
 from fxcompress.tracing.capture import export
 from fxcompress.tracing.inputs import ExampleInputs
 

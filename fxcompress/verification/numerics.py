@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from fxcompress.errors import VerificationError
-from fxcompress.program import Interface, Program
+from fxcompress.ir.program import Interface, Program
 from fxcompress.tracing.untouched import seeded
-from fxcompress.widened import widened
+from fxcompress.verification.widened import widened
 
 EXACT_TOLERANCE = 1e-9
 """Largest error of an exact rewrite, computed in float64, relative to the largest reference value."""
@@ -47,7 +47,7 @@ def compare(before: Program, after: Program) -> Comparison:
     """How much two Programs of one interface differ on the example inputs, at two batch sizes.
 
     Raises:
-        VerificationError: The outputs differ in number, shape or dtype, or ``after`` gives NaN where ``before`` does not.
+        VerificationError: The outputs differ in number, shape or dtype, or only ``after`` gives NaN.
     """
     found = [compare_outputs(_run(before, leaves), _run(after, leaves)) for leaves in _input_sets(before.interface)]
     return worst(found)
@@ -57,8 +57,8 @@ def check_exact(before: Program, after: Program, rewrite: Callable[[Program], ob
     """Like :func:`compare`, for a rewrite that must not change the output.
 
     Where the outputs are not bit-equal, two questions separate rounding from error. Does the rewritten Program, run in
-    float64, differ by no more than the rounding of its stored weights? And does the same rewrite, done on a float64 copy
-    of the Program, agree to float64 rounding?
+    float64, differ by no more than the rounding of its stored weights? And does the same rewrite, done on a float64
+    copy of the Program, agree to float64 rounding?
 
     Args:
         before: The Program before the rewrite.
@@ -76,8 +76,8 @@ def check_exact(before: Program, after: Program, rewrite: Callable[[Program], ob
     allowed = rounding_tolerance(_floating_state(after))
     if not stored.max_rel_error <= allowed:
         raise VerificationError(
-            f"the rewrite must be exact, but the output differs by {stored.max_rel_error:.2e} of its largest value, more "
-            f"than rounding the weights explains ({allowed:.0e})"
+            f"the rewrite must be exact, but the output differs by {stored.max_rel_error:.2e} of its largest value, "
+            f"more than rounding the weights explains ({allowed:.0e})"
         )
     rewritten = reference.copy()
     rewrite(rewritten)
@@ -85,8 +85,8 @@ def check_exact(before: Program, after: Program, rewrite: Callable[[Program], ob
     double = compare(reference, rewritten)
     if not double.max_rel_error <= EXACT_TOLERANCE:
         raise VerificationError(
-            f"the rewrite must be exact, but done in float64 it changes the output by {double.max_rel_error:.2e} of its "
-            f"largest value (allowed: {EXACT_TOLERANCE:.0e})"
+            f"the rewrite must be exact, but done in float64 it changes the output by {double.max_rel_error:.2e} of "
+            f"its largest value (allowed: {EXACT_TOLERANCE:.0e})"
         )
     return native
 
@@ -123,8 +123,8 @@ def _check_rounding(program: Program, leaves: list[Any], reference: Any, where: 
     allowed = rounding_tolerance(expected)
     if not found.max_rel_error <= allowed:
         raise VerificationError(
-            f"the traced Program differs from {program.name} at {where} by {found.max_rel_error:.2e} of the largest output "
-            f"(allowed: {allowed:.2e}); the model may be random in eval mode or depend on the batch size"
+            f"the traced Program differs from {program.name} at {where} by {found.max_rel_error:.2e} of the largest "
+            f"output (allowed: {allowed:.2e}); the model may be random in eval mode or depend on the batch size"
         )
 
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from fxcompress.analysis import analyze, invalidate, resolve
 from fxcompress.errors import InputError, VerificationError
-from fxcompress.fingerprint import difference, fingerprint
-from fxcompress.instruments import Instrument, default_instruments
+from fxcompress.ir.program import Program
+from fxcompress.manager.fingerprint import difference, fingerprint
+from fxcompress.manager.instruments import Instrument, default_instruments
+from fxcompress.manager.record import Record
 from fxcompress.pass_base import Analysis, Pass, PassResult, Transform
-from fxcompress.pipeline import Pipeline, as_pipeline
-from fxcompress.program import Program
-from fxcompress.record import Record
+from fxcompress.pipeline.text import Pipeline, as_pipeline
 from fxcompress.task import Task
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ _CLOSING = {"{": "}", "[": "]"}
 
 
 class Reader(Protocol):
-    """What turns a value node into a typed value; see :mod:`fxcompress.option_types`."""
+    """What turns a value node into a typed value; see :mod:`fxcompress.pipeline.option_types`."""
 
     def read_word(self, node: Word) -> Any: ...
     def read_list(self, node: ListNode) -> Any: ...

@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 from torch._ops import OpOverload
 
-from fxcompress.layers import layer_of
+from fxcompress.ir.layers import layer_of
 
 
 @dataclass(frozen=True)

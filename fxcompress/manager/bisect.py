@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fxcompress.errors import InputError
-from fxcompress.instruments import Instrument
-from fxcompress.manager import PassManager
+from fxcompress.ir.program import Program
+from fxcompress.manager.instruments import Instrument
+from fxcompress.manager.pass_manager import PassManager
+from fxcompress.manager.record import Record
 from fxcompress.pass_base import Pass
-from fxcompress.pipeline import Pipeline
-from fxcompress.program import Program
-from fxcompress.record import Record
+from fxcompress.pipeline.text import Pipeline
 from fxcompress.task import Task
 
 

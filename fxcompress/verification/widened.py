@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from fxcompress.analysis import invalidate
-from fxcompress.ops import replace_state
-from fxcompress.program import Program
+from fxcompress.ir.ops import replace_state
+from fxcompress.ir.program import Program
 
 _WIDER = {
     torch.float16: torch.float64,

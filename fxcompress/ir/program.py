@@ -83,10 +83,10 @@ class Interface:
 class Program:
     """A model in normal form.
 
-    ``graph_module`` has one placeholder per input leaf and returns a flat tuple of output leaves; ``interface`` knows the
-    caller's structure. Weights are shared with the model it was traced from until a pass replaces them, so passes put new
-    tensors in place and never write into old ones. :meth:`emit` gives a module of the caller's structure with weights of
-    its own.
+    ``graph_module`` has one placeholder per input leaf and returns a flat tuple of output leaves; ``interface`` knows
+    the caller's structure. Weights are shared with the model it was traced from until a pass replaces them, so passes
+    put new tensors in place and never write into old ones. :meth:`emit` gives a module of the caller's structure with
+    weights of its own.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Program:
 
     def emit(self) -> fx.GraphModule:
         """A trainable, picklable ``torch.fx.GraphModule`` with the caller's signature and weights of its own."""
-        from fxcompress.emit import emit
+        from fxcompress.ir.emit import emit
 
         return emit(self)
 
@@ -142,7 +142,7 @@ class Program:
 
     def text(self) -> str:
         """The graph as stable, readable text, one node a line."""
-        from fxcompress.printer import program_text
+        from fxcompress.ir.printer import program_text
 
         return program_text(self)
 
@@ -167,7 +167,7 @@ def clone_graph_module(
     take: Callable[[torch.Tensor], torch.Tensor],
     extra: Mapping[str, nn.Module] | None = None,
 ) -> fx.GraphModule:
-    """A ``GraphModule`` for ``graph`` with module objects of its own, and the tensors that ``take`` gives for the old ones.
+    """A ``GraphModule`` for ``graph`` with module objects of its own, and what ``take`` gives for each tensor.
 
     What is shared stays shared; ``extra`` modules are added by name. ``fx.GraphModule`` alone would keep only the state
     that the graph names.

@@ -1,8 +1,8 @@
 """Standard layers: one table that pairs an ATen overload with the ``torch.nn`` module it is raised to.
 
 Both directions are read off the same row: tracing raises an ATen call to the module (``build``), and the operation
-adapter (:mod:`fxcompress.ops`) lowers the module back to the ATen call's named arguments (``arguments``). Adding a layer
-is adding a row.
+adapter (:mod:`fxcompress.ir.ops`) lowers the module back to the ATen call's named arguments (``arguments``). Adding a
+layer is adding a row.
 """
 
 from __future__ import annotations

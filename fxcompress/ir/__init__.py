@@ -1,0 +1,1 @@
+"""The intermediate representation: the Program, its operations, and what can be read off them."""

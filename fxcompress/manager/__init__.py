@@ -1,0 +1,1 @@
+"""Running pipelines: the pass manager, what watches it, and what it notes."""
