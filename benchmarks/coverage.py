@@ -26,7 +26,6 @@ from typing import Any
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "coverage.jsonl"
-SUMMARY = HERE / "results" / "coverage.json"
 MEMORY_GB = 14
 TIMEOUT_S = 900
 OUTPUT_TOLERANCE = 1e-5
@@ -118,7 +117,7 @@ def examine(name: str) -> dict[str, Any]:
     try:
         subject = zoo.build(name)
         checks = _ISLAND_CHECKS if subject.islands else _CHECKS
-        for stage in checks:  # noqa: B007, the last one is named when it fails
+        for stage in checks:
             row.update(checks[stage](subject, row))
         row["ok"] = True
     except Exception as error:
@@ -338,9 +337,7 @@ def difference(expected: Any, found: Any) -> float:
 
 
 def summarise(rows: list[dict[str, Any]]) -> None:
-    import platform
-
-    import torch
+    from environment import write_results
     from tabulate import tabulate
 
     table = []
@@ -362,8 +359,7 @@ def summarise(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         if not row["ok"]:
             print(f"  {row['model']}: {row['failed']}")
-    versions = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
-    SUMMARY.write_text(json.dumps({"versions": versions, "models": rows}, indent=1) + "\n")
+    print(f"written to {write_results('coverage', rows)}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from fxcompress.ir.macs import RULES, ShapedCall
 from fxcompress.ir.ops import Operation, operation, state_read
 from fxcompress.ir.program import Program
 from fxcompress.pass_base import Analysis
+from fxcompress.report.formatting import BYTES, MACS, PARAMS
 from fxcompress.task import Task
 
 
@@ -49,7 +50,7 @@ class LayerCost:
     dtype: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CostReport:
     """The cost of a model for one sample of its example inputs.
 
@@ -78,6 +79,10 @@ class CostReport:
     def activation_bytes(self) -> int:
         """Bytes of the outputs of all layers."""
         return sum(layer.activation_bytes for layer in self.layers)
+
+    def __repr__(self) -> str:
+        params, macs = PARAMS.text(self.params), MACS.text(self.macs)
+        return f"CostReport({params} params, {macs} MACs, {BYTES.text(self.weight_bytes)}, {len(self.layers)} layers)"
 
 
 @dataclass(frozen=True)

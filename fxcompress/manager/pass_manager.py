@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fxcompress.report import Report
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Result:
     """What a pipeline made.
 
@@ -35,6 +35,9 @@ class Result:
     before: Program = field(repr=False)
     program: Program
     records: tuple[Record, ...]
+
+    def __repr__(self) -> str:
+        return f"Result({self.program!r} after {', '.join(map(str, self.records))})"
 
     @cached_property
     def report(self) -> Report:

@@ -31,6 +31,16 @@ class Record:
     value: Any = None
     comparison: Comparison | None = None
 
+    def __str__(self) -> str:
+        """The pass with what it did: ``fold-batchnorm (folded 20, 1 refusal)``."""
+        if self.result is None:
+            return self.text
+        done = [f"{name} {count}" for name, count in self.result.statistics.items() if count]
+        refused = len(self.result.refusals)
+        if refused:
+            done.append(f"{refused} refusal{'s' * (refused > 1)}")
+        return f"{self.text} ({', '.join(done) or 'nothing to do'})"
+
     @property
     def text(self) -> str:
         """The pass as pipeline text."""

@@ -1,0 +1,72 @@
+"""The tables that README.md shows, made from the registries and the benchmarks' results."""
+
+import json
+import re
+from pathlib import Path
+
+from tabulate import tabulate
+
+from fxcompress import registry
+from fxcompress.engines.formats import FORMATS
+from fxcompress.ir.layers import LAYERS
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+
+
+def github(rows, headers):
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def passes():
+    rows = [(f"`{entry.name}`", entry.kind, entry.summary) for entry in registry.catalog()]
+    return github(rows, ("pass", "kind", "what it does"))
+
+
+def layers():
+    named = {}
+    for layer in LAYERS:
+        named.setdefault(layer.overload._schema.name.removeprefix("aten::"), {})[layer.module.__name__] = None
+    return github([(f"`aten.{name}`", ", ".join(modules)) for name, modules in named.items()], ("operator", "module"))
+
+
+def exports():
+    return github(
+        [(f"`{suffix}`", entry.purpose.removeprefix("Export to "), f"`[{entry.extra}]`" if entry.extra else "none")
+         for suffix, entry in FORMATS.items()],
+        ("suffix", "format", "extra"),
+    )  # fmt: skip
+
+
+def results(name):
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def coverage():
+    rows = []
+    models = results("coverage")["rows"]
+    for source in dict.fromkeys(row["model"].partition(":")[0] for row in models):
+        members = [row for row in models if row["model"].startswith(source + ":")]
+        good = sum(row["ok"] for row in members)
+        rest, export = (sum(row.get(key, 0.0) for row in members) for key in ("rest_s", "export_s"))
+        rows.append((source, str(len(members)), str(good), f"{rest / export:.2f}"))
+    return github(rows, ("source", "models", "pass every check", "normalise + raise + verify, per second of export"))
+
+
+def trace_time():
+    columns = ("family", "depth", "nodes", "export_s", "rest_s", "ratio", "rest_ms_per_node")
+    rows = [[str(row[column]) for column in columns] for row in results("trace_time")["rows"]]
+    return github(rows, ("model", "depth", "nodes", "export s", "rest s", "ratio", "rest ms / node"))
+
+
+TABLES = {function.__name__: function for function in (passes, layers, exports, coverage, trace_time)}
+
+
+def rendered(text):
+    """README's text with every table made anew."""
+    for name, make in TABLES.items():
+        pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
+        assert re.search(pattern, text, re.DOTALL), f"README.md has no place for the table {name!r}"
+        table = make()
+        text = re.sub(pattern, lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text, flags=re.DOTALL)
+    return text
