@@ -87,7 +87,8 @@ def _torchvision(name: str) -> Subject:
             return Subject(model, (torch.randn(2, 3, 224, 224),), {})
     builder = torchvision.models.get_model_builder(name)
     if ".detection." in builder.__module__:
-        model = torchvision.models.get_model(name, weights=None, weights_backbone=None).eval()
+        sizes = {} if name.startswith("ssd") else {"min_size": 160, "max_size": 256}  # 800 pixels take minutes
+        model = torchvision.models.get_model(name, weights=None, weights_backbone=None, **sizes).eval()
         images = [torch.rand(3, 160, 192), torch.rand(3, 160, 192)]
         return Subject(model, (images,), {}, islands=True)
     if ".segmentation." in builder.__module__:

@@ -16,6 +16,7 @@ from torch.utils._sympy.numbers import int_oo
 
 from fxcompress.artifact.modules import checked_path
 from fxcompress.artifact.values import Decoder, decode_target, encode, encode_target
+from fxcompress.ir.program import graph_module_of
 
 
 def encode_graph(graph: fx.Graph) -> list[dict[str, Any]]:
@@ -82,9 +83,7 @@ def decode_graph(nodes: list[Any], symbols: dict[str, Any], root: nn.Module, dec
     for entry in nodes:
         decoder.nodes[entry["name"]] = _decode_node(graph, entry, decoder)
     graph.lint()
-    graph_module = fx.GraphModule(root, graph)
-    for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-        graph_module.__dict__[table] = root.__dict__[table]
+    graph_module = graph_module_of(root, graph)
     graph_module.eval()
     _infer_values(graph_module, nodes, symbols, decoder)
     return graph_module

@@ -169,8 +169,7 @@ def clone_graph_module(
 ) -> fx.GraphModule:
     """A ``GraphModule`` for ``graph`` with module objects of its own, and what ``take`` gives for each tensor.
 
-    What is shared stays shared; ``extra`` modules are added by name. ``fx.GraphModule`` alone would keep only the state
-    that the graph names.
+    What is shared stays shared; ``extra`` modules are added by name.
     """
     tensors: dict[int, torch.Tensor] = {}
     modules: dict[int, nn.Module] = {}
@@ -200,8 +199,17 @@ def clone_graph_module(
 
     root = shell(source)
     root._modules.update(extra or {})
-    clone = fx.GraphModule(root, graph)
-    for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-        clone.__dict__[table] = root.__dict__[table]
+    clone = graph_module_of(root, graph)
     clone.training = source.training
     return clone
+
+
+def graph_module_of(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A ``GraphModule`` that takes over all of ``root``'s state.
+
+    ``fx.GraphModule`` alone keeps what the graph names, and (before torch 2.14) forgets which buffers are not saved.
+    """
+    made = fx.GraphModule(root, graph)
+    for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        made.__dict__[table] = root.__dict__[table]
+    return made

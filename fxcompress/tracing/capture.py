@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_unflatten
 
 from fxcompress.errors import CaptureError
 from fxcompress.ir.ops import set_state
-from fxcompress.ir.program import CONSTANTS
+from fxcompress.ir.program import CONSTANTS, graph_module_of
 from fxcompress.tracing.inputs import ExampleInputs
 
 hop = torch.ops.higher_order
@@ -120,7 +120,7 @@ def lift(exported: ExportedProgram) -> fx.GraphModule:
             _output(graph, exported, node, values)
         else:
             _copy(graph, exported.graph_module, node, values)
-    return fx.GraphModule(root, graph)
+    return graph_module_of(root, graph)
 
 
 def canonical_names(exported: ExportedProgram) -> dict[str, str]:
