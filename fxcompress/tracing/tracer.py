@@ -23,6 +23,7 @@ from fxcompress.tracing.capture import export, lift
 from fxcompress.tracing.functionalize import functionalize
 from fxcompress.tracing.inputs import Dynamic, ExampleInputs, prepare
 from fxcompress.tracing.normalize import normalize
+from fxcompress.tracing.outputs import plain_outputs
 from fxcompress.tracing.raising import Aliases, Origin, raise_layers
 from fxcompress.tracing.training_only import dropped_state, training_only
 from fxcompress.tracing.untouched import borrowed, seeded
@@ -68,13 +69,13 @@ def trace(
 def capture(model: nn.Module, inputs: ExampleInputs) -> Program:
     """The verified Program of a model for canonical example inputs; raises what :func:`trace` raises."""
     check_weights(model)
-    with borrowed(model):
+    with borrowed(model), plain_outputs(model) as dropped:
         reference = run_model(model, inputs)
         started = time.perf_counter()
         exported = export(model, inputs)
         captured = time.perf_counter()
         program = lower(exported, inputs, Origin.of(model), type(model).__name__)
-        program.diagnostics += training_only(model, program.graph)
+        program.diagnostics += [*dropped, *training_only(model, program.graph)]
         _verify(program, model, reference)
     logger.info(
         "traced %s: torch.export %.2f s, normalise + raise + verify %.2f s",

@@ -238,6 +238,23 @@ def test_structures_of_inputs_and_outputs(case):
     assert_same(model, program, *args, **kwargs)
 
 
+class Cache:
+    """What PyTorch cannot take apart."""
+
+
+def test_an_output_that_cannot_be_taken_apart_is_left_out_and_listed():
+    model = Model(lambda self, x: {"y": self.linear(x), "cache": Cache()}, linear=nn.Linear(4, 4))
+    x = torch.randn(2, 4)
+    program = fxc.trace(model, x)
+    found = program(x)
+    assert torch.equal(found["y"], model(x)["y"])
+    assert found["cache"] is None
+    (dropped,) = [d for d in program.diagnostics if d.code == "output-dropped"]
+    assert "['cache'] is a Cache" in dropped.message
+    assert isinstance(model(x)["cache"], Cache)
+    assert not model._forward_hooks
+
+
 def test_structured_inputs():
     class Nested(nn.Module):
         def __init__(self):
