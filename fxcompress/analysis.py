@@ -12,7 +12,7 @@ from fxcompress.ir.program import Program
 from fxcompress.manager.fingerprint import difference, fingerprint
 from fxcompress.pass_base import Analysis, Pass
 from fxcompress.pipeline.text import parse
-from fxcompress.task import Task
+from fxcompress.task import Task, check_task
 
 T = TypeVar("T")
 
@@ -40,9 +40,13 @@ def analyze(program: Program, analysis: Analysis[Any] | str, task: Task | None =
         task: What the analysis may need to know about the model's job.
 
     Raises:
-        InputError: If there is no such analysis.
+        InputError: If there is no such analysis, or ``program`` is not a Program.
         VerificationError: If the analysis changes the Program.
     """
+    given: Any = program
+    if not isinstance(given, Program):
+        raise InputError(f"analyze needs a Program, not {type(given).__name__}; make one with fxcompress.trace")
+    check_task(task)
     return _analyze(program, resolve(analysis), task, ())
 
 
@@ -50,6 +54,9 @@ def resolve(analysis: Analysis[Any] | str) -> Analysis[Any]:
     """The analysis that is meant; raises :class:`InputError` with near names if it is none."""
     found: Any = analysis
     if isinstance(analysis, str):
+        name = analysis.partition("{")[0].strip()
+        if "," not in name and name not in registry.names():
+            raise InputError(f"there is no analysis {name!r}{_near(name)}")
         passes = parse(analysis).passes
         if len(passes) > 1:
             raise InputError(f"{analysis!r} names {len(passes)} passes; give one analysis")
@@ -57,11 +64,14 @@ def resolve(analysis: Analysis[Any] | str) -> Analysis[Any]:
     if isinstance(found, Analysis):
         return found
     if isinstance(found, Pass):
-        known = [name for name in registry.names() if issubclass(registry.get(name), Analysis)]
-        near = did_you_mean(found.name, known) or f"; analyses: {', '.join(known)}"
-        raise InputError(f"{found.name!r} is a transform, not an analysis{near}")
+        raise InputError(f"{found.name!r} is a transform, not an analysis{_near(found.name)}")
     remedy = f"{found.__name__}()" if isinstance(found, type) else "its name or an Analysis"
     raise InputError(f"{found!r} is not an analysis; give {remedy}")
+
+
+def _near(name: str) -> str:
+    known = [name for name in registry.names() if issubclass(registry.get(name), Analysis)]
+    return did_you_mean(name, known) or f"; analyses: {', '.join(known)}"
 
 
 def invalidate(program: Program, preserved: Collection[str]) -> None:

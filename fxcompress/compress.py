@@ -9,19 +9,19 @@ from functools import cached_property
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from torch import fx, nn
+from torch import nn
 from torch.export import ExportedProgram
 
 from fxcompress.errors import InputError
 from fxcompress.ir.program import Program
-from fxcompress.manager.pass_manager import PassManager
+from fxcompress.manager.pass_manager import PassManager, Result
 from fxcompress.pass_base import Pass
 from fxcompress.pipeline.recipes import choose
 from fxcompress.pipeline.text import Pipeline
 from fxcompress.report.formatting import UNITS
 from fxcompress.report.rows import Measure
-from fxcompress.task import Task
-from fxcompress.tracing import trace
+from fxcompress.task import Task, check_task
+from fxcompress.tracing import PartialProgram, trace
 from fxcompress.tracing.inputs import Dynamic
 
 if TYPE_CHECKING:
@@ -33,20 +33,23 @@ class Compressed:
     """A compressed model.
 
     Attributes:
-        program: The Program after the last pass.
+        program: The Program after the last pass; the model around its compressed islands if it was given as one.
         report: What was done, layer by layer and pass by pass, and what was refused.
         pipeline: The passes that ran.
         before: The Program as traced.
     """
 
-    program: Program
+    program: Program | PartialProgram
     report: Report
     pipeline: Pipeline
-    before: Program = field(repr=False)
+    before: Program | PartialProgram = field(repr=False)
 
     @cached_property
-    def model(self) -> fx.GraphModule:
-        """The compressed model: trainable, with the original's signature and weights of its own."""
+    def model(self) -> nn.Module:
+        """The compressed model: trainable, with the original's signature and weights of its own.
+
+        A ``torch.fx.GraphModule``, or a copy of the original with its islands replaced by such.
+        """
         return self.program.emit()
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -55,18 +58,19 @@ class Compressed:
         What :attr:`model` learned since is not in it; trace the trained model to save it.
 
         Raises:
-            ArtifactError: If the file cannot be written.
+            ArtifactError: If the file cannot be written, or the model was captured in part only.
         """
         from fxcompress.artifact import save
 
-        save(self.program, path, pipeline=str(self.pipeline), report=json.loads(self.report.to_json()))
+        program: Any = self.program  # one captured in part only is refused there
+        save(program, path, pipeline=str(self.pipeline), report=json.loads(self.report.to_json()))
 
     def __repr__(self) -> str:
         return f"Compressed({repr(self.report).removeprefix('Report(')}"
 
 
 def compress(
-    model: nn.Module | ExportedProgram | Program,
+    model: nn.Module | ExportedProgram | Program | PartialProgram,
     example_inputs: Any = None,
     pipeline: str | Pipeline | Sequence[Pass] = "default",
     *,
@@ -77,8 +81,9 @@ def compress(
     """Traces a model and runs a pipeline on it; the model itself is not changed.
 
     Args:
-        model: What :func:`fxcompress.trace` takes, or a Program.
-        example_inputs: As for :func:`fxcompress.trace`; not needed for a Program.
+        model: What :func:`fxcompress.trace` takes, or a Program, or what :func:`fxcompress.trace_islands` gives: then
+            each island is compressed, without ``task``, whose batches are not what islands are called with.
+        example_inputs: As for :func:`fxcompress.trace`; not needed for a model that is traced already.
         pipeline: Name of a recipe, pipeline text, or passes.
         task: What is known about the model's job; with ``task.evaluate``, the report gets its value before and after.
         dynamic: As for :func:`fxcompress.trace`.
@@ -89,24 +94,52 @@ def compress(
         CaptureError: If the model cannot be captured as a whole.
         VerificationError: If a pass breaks the model.
     """
+    check_task(task)
     manager = PassManager(choose(pipeline))
     traced = _traced(model, example_inputs, dynamic, batch_dim)
-    result = manager.run(traced, task)
-    report = result.report
+    program, report = (
+        _run_islands(manager, traced) if isinstance(traced, PartialProgram) else _run(manager, traced, task)
+    )
     if task is not None and task.evaluate is not None:
-        report = replace(report, measures=(*report.measures, _metric(task, traced, result.program)))
-    return Compressed(result.program, report, manager.pipeline, traced)
+        report = replace(report, measures=(*report.measures, _metric(task, traced, program)))
+    return Compressed(program, report, manager.pipeline, traced)
 
 
-def _traced(model: Any, example_inputs: Any, dynamic: Dynamic | None, batch_dim: int | None) -> Program:
-    if not isinstance(model, Program):
+def _traced(
+    model: Any, example_inputs: Any, dynamic: Dynamic | None, batch_dim: int | None
+) -> Program | PartialProgram:
+    if not isinstance(model, (Program, PartialProgram)):
         return trace(model, example_inputs, dynamic=dynamic, batch_dim=batch_dim)
     if example_inputs is not None or dynamic is not None:
-        raise InputError("a Program has its example inputs and dynamic dims: leave out example_inputs and dynamic")
+        raise InputError(
+            f"a {type(model).__name__} has its example inputs and dynamic dims: leave out example_inputs and dynamic"
+        )
     return model
 
 
-def _metric(task: Task, before: Program, after: Program) -> Measure:
+def _run(manager: PassManager, program: Program, task: Task | None) -> tuple[Program, Report]:
+    result = manager.run(program, task)
+    return result.program, result.report
+
+
+def _run_islands(manager: PassManager, partial: PartialProgram) -> tuple[PartialProgram, Report]:
+    from fxcompress.report.islands import merged
+
+    results = {path: _run_island(manager, path, island) for path, island in partial.islands.items()}
+    slim = partial.with_islands({path: result.program for path, result in results.items()})
+    reports = {path: result.report for path, result in results.items()}
+    return slim, merged(type(partial.model).__name__, reports, partial.diagnostics)
+
+
+def _run_island(manager: PassManager, path: str, island: Program) -> Result:
+    try:
+        return manager.run(island)
+    except Exception as error:
+        error.add_note(f"in the island {path!r}")
+        raise
+
+
+def _metric(task: Task, before: Program | PartialProgram, after: Program | PartialProgram) -> Measure:
     """The task's metric on both; the last word of its name may be a unit, as in ``top-1 %``."""
     name, _, unit = task.metric.rpartition(" ")
     if not name or unit not in UNITS:
@@ -114,7 +147,7 @@ def _metric(task: Task, before: Program, after: Program) -> Measure:
     return Measure(name, _evaluate(task, before), _evaluate(task, after), unit)
 
 
-def _evaluate(task: Task, program: Program) -> float:
+def _evaluate(task: Task, program: Program | PartialProgram) -> float:
     assert task.evaluate is not None
     value: Any = task.evaluate(program.emit())
     try:

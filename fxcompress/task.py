@@ -68,6 +68,12 @@ class Task:
         return f"Task({', '.join(parts)})"
 
 
+def check_task(task: Any) -> None:
+    """Raises :class:`InputError` unless ``task`` is a :class:`Task` or ``None``."""
+    if task is not None and not isinstance(task, Task):
+        raise InputError(f"task must be a fxcompress.Task, not {type(task).__name__}; write Task(evaluate=..., ...)")
+
+
 def _shown_batches(batches: Iterable[Any]) -> str:
     count = f"{len(batches)} batches" if isinstance(batches, Sized) else "batches"
     return f"<{type(batches).__name__} of {count}>"

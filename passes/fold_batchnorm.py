@@ -129,7 +129,8 @@ class _Match(ABC):
                 yield "channel-dim", f"the channels of {layer.node.name} are not dim 1, which the batch norm works on"
         others = set(self.between.users) - {self.norm.node, *(layer.node for layer in self.layers)}
         if others:
-            yield "extra-users", f"{self.between.name} is also read by {min(other.name for other in others)}"
+            other = min(other.name for other in others)
+            yield "extra-users", f"{self.between.name} is also read by {other}, which would get another value"
 
 
 class _IntoProducer(_Match):

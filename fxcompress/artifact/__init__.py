@@ -24,12 +24,14 @@ from fxcompress.artifact.modules import decode_modules, encode_modules, encode_s
 from fxcompress.artifact.structure import decode_interface, encode_interface
 from fxcompress.artifact.values import Decoder
 from fxcompress.engines.reexport import reexport
-from fxcompress.errors import ArtifactError, CaptureError
+from fxcompress.errors import ArtifactError, CaptureError, InputError
 from fxcompress.ir.emit import with_signature
 from fxcompress.ir.program import Diagnostic, Program
 from fxcompress.staging import staged
 from fxcompress.tracing.untouched import borrowed
 from fxcompress.verification.verifier import verify
+
+_SAVABLE = "save Compressed.program, what fxcompress.trace gives, or each of the islands of a PartialProgram"
 
 
 def save(
@@ -48,9 +50,14 @@ def save(
         report: JSON data kept for :func:`read_manifest`.
 
     Raises:
-        ArtifactError: The path cannot be written, or the Program holds what cannot be saved as data (weights on the
-            meta device, tensor subclasses, modules that are no standard layers).
+        ArtifactError: The path cannot be written, ``program`` is no Program, or it holds what cannot be saved as data
+            (weights on the meta device, tensor subclasses, modules that are no standard layers).
     """
+    given: Any = program
+    if not isinstance(given, Program):
+        raise ArtifactError(
+            f"{path} was not written: only a Program can be saved, not {type(given).__name__}; {_SAVABLE}"
+        )
     file = Path(path)
     check_suffix(file)
     try:
@@ -75,10 +82,12 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str | None = No
     Raises:
         ArtifactError: The file is missing, damaged, not ours, of a newer format, or needs an operator or a device that
             is not here.
+        InputError: ``device`` is none, or this machine does not have it.
     """
+    target = None if device is None else _device(device)
     with opened(path) as archive:
         manifest = archive.manifest
-        decoder = Decoder(None if device is None else torch.device(device))
+        decoder = Decoder(target)
         root = decode_modules(manifest["modules"], manifest["state"], archive.read, decoder)
         graph_module = decode_graph(manifest["graph"], manifest["symbols"], root, decoder)
         diagnostics = tuple(Diagnostic(**entry) for entry in manifest["diagnostics"])
@@ -86,6 +95,15 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str | None = No
         program = Program(graph_module, interface, diagnostics, str(manifest["name"]))
         verify(program)
         return program
+
+
+def _device(given: torch.device | str) -> torch.device:
+    try:
+        device = torch.device(given)
+        torch.empty(0, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:  # by device and by build of torch
+        raise InputError(f"nothing can be loaded to the device {given!r} on this machine; give 'cpu'") from error
+    return device
 
 
 def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -92,20 +93,24 @@ def _from_torchvision(name: str) -> tuple[nn.Module, Any]:
     if name not in known:
         raise InputError(f"torchvision has no model {name!r}{did_you_mean(name, known)}")
     transform = models.get_model_weights(name)["DEFAULT"].transforms()
-    sizes = _TORCHVISION_SIZES.get(type(transform).__name__)
-    return models.get_model(name, weights=None), None if sizes is None else torch.randn(BATCH, *sizes(transform))
+    examples = _TORCHVISION_INPUTS.get(type(transform).__name__)
+    options = inspect.signature(models.get_model_builder(name)).parameters
+    # Weights of a backbone would be downloaded otherwise.
+    bare = {option: None for option in ("weights", "weights_backbone") if option in options}
+    return models.get_model(name, **bare), None if examples is None else examples(transform)
 
 
 def _square(sizes: Sequence[int]) -> tuple[int, int]:
     return sizes[0], sizes[-1]
 
 
-_TORCHVISION_SIZES: Mapping[str, Callable[[Any], tuple[int, ...]]] = {
-    "ImageClassification": lambda transform: (3, *_square(transform.crop_size)),
-    "SemanticSegmentation": lambda transform: (3, *_square(transform.resize_size)),
-    "VideoClassification": lambda transform: (3, 16, *_square(transform.crop_size)),
+_TORCHVISION_INPUTS: Mapping[str, Callable[[Any], Any]] = {
+    "ImageClassification": lambda transform: torch.randn(BATCH, 3, *_square(transform.crop_size)),
+    "ObjectDetection": lambda transform: ([torch.rand(3, 320, 320) for _ in range(BATCH)],),
+    "SemanticSegmentation": lambda transform: torch.randn(BATCH, 3, *_square(transform.resize_size)),
+    "VideoClassification": lambda transform: torch.randn(BATCH, 3, 16, *_square(transform.crop_size)),
 }
-"""Class of the transform that comes with a model's weights -> sizes of one example."""
+"""Class of the transform that comes with a model's weights -> example inputs."""
 
 
 def _from_timm(name: str) -> tuple[nn.Module, Any]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from textwrap import shorten
 from typing import Any
 
 from fxcompress.cli.example_inputs import BATCH, SYNTAX
 from fxcompress.cli.models import FORMS, LoadedModel, load_model
 from fxcompress.cli.terminal import Terminal
+from fxcompress.errors import CaptureError
 from fxcompress.ir.program import Program
 from fxcompress.pipeline.recipes import RECIPES
-from fxcompress.tracing import trace
+from fxcompress.tracing import PartialProgram, trace, trace_islands
 
 _OPTIONS: dict[str, dict[str, Any]] = {
     "--batch": {
@@ -62,3 +64,15 @@ def traced(found: LoadedModel, terminal: Terminal) -> Program:
         return found.model
     with terminal.working(f"tracing {found.name}"):
         return trace(found.model, found.example_inputs)
+
+
+def traced_or_islands(found: LoadedModel, terminal: Terminal) -> Program | PartialProgram:
+    """A loaded model as a Program or, where it cannot be captured whole, as the islands that can."""
+    if isinstance(found.model, Program):
+        return found.model
+    try:
+        return traced(found, terminal)
+    except CaptureError as error:
+        terminal.note(f"taken in parts: {shorten(str(error).partition(' Remedy:')[0], 200, placeholder=' …')}")
+    with terminal.working(f"finding the parts of {found.name} that can be captured"):
+        return trace_islands(found.model, found.example_inputs)

@@ -65,6 +65,10 @@ class Terminal:
         for line in printed.get().splitlines():
             self.out.file.write(line.rstrip() + "\n")
 
+    def note(self, text: str) -> None:
+        """Prints a remark beside the results."""
+        self.notes.print(Text(text), soft_wrap=True)
+
     def error(self, message: str) -> None:
         """Prints an error."""
         self.notes.print(Text.assemble(("fxcompress: ", "bold red"), message), soft_wrap=True)

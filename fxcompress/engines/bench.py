@@ -58,10 +58,10 @@ def bench(
         on_round: Called with the rounds done and the rounds planned.
 
     Raises:
-        InputError: If there is no such engine, or ``batch`` is less than 1.
+        InputError: If there is no such engine, or ``batch`` or ``rounds`` is less than 1.
     """
-    if batch < 1:
-        raise InputError(f"cannot measure a batch of {batch}; give at least 1")
+    if batch < 1 or rounds < 1:
+        raise InputError(f"cannot measure {rounds} rounds of a batch of {batch}; give at least 1 of each")
     for engine in engines:
         check_engine(engine)
     module = program.emit()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path
 
 from fxcompress.engines.formats import Format, Names, format_of
@@ -52,7 +52,7 @@ class Exported:
         return f"{self.path} ({self.size / 2**20:.2f} MiB, max relative error {self.max_relative_error:.1e})"
 
 
-def export(model: fx.GraphModule | Program, path: str | os.PathLike[str], example_inputs: Any = None) -> Exported:
+def export(model: nn.Module | Program, path: str | os.PathLike[str], example_inputs: Any = None) -> Exported:
     """Writes a model as ONNX (``.onnx``), OpenVINO IR (``.xml`` and ``.bin``) or a ``torch.export`` archive (``.pt2``).
 
     The file keeps the dynamic dims the model was traced with. It is run on the example inputs at two batch sizes and
@@ -88,7 +88,7 @@ def export(model: fx.GraphModule | Program, path: str | os.PathLike[str], exampl
             raise ArtifactError(f"{file} cannot be written: {error}") from error
 
 
-def _resolve(model: fx.GraphModule | Program, example_inputs: Any) -> tuple[fx.GraphModule, Interface]:
+def _resolve(model: nn.Module | Program, example_inputs: Any) -> tuple[fx.GraphModule, Interface]:
     interface: Interface | None
     if isinstance(model, Program):
         module, interface = with_signature(model, lambda tensor: tensor), model.interface
@@ -96,8 +96,8 @@ def _resolve(model: fx.GraphModule | Program, example_inputs: Any) -> tuple[fx.G
         module, interface = model, model.meta.get(INTERFACE)
     else:
         raise InputError(
-            f"export takes a Program or an emitted GraphModule, not {type(model).__name__}; "
-            "trace it first with fxcompress.trace"
+            f"export takes a Program or an emitted GraphModule, not {type(model).__name__}; trace it first with "
+            "fxcompress.trace, or export each of the islands of a PartialProgram"
         )
     if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
         raise InputError("the model is on the meta device and has no weights to export; load them first")
@@ -131,9 +131,9 @@ def _write(module: fx.GraphModule, interface: Interface, file: Path, target: For
 
 
 def _calls(interface: Interface) -> list[Any]:
-    rows = interface.batch_size
+    rows = interface.other_batch
     first = (interface.args, interface.kwargs)
-    return [first] if rows is None else [first, interface.resized(rows + 1)]
+    return [first] if rows is None else [first, interface.resized(rows)]
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:

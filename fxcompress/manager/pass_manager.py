@@ -16,7 +16,7 @@ from fxcompress.manager.instruments import Instrument, default_instruments
 from fxcompress.manager.record import Record
 from fxcompress.pass_base import Analysis, Pass, PassResult, Transform
 from fxcompress.pipeline.text import Pipeline, as_pipeline
-from fxcompress.task import Task
+from fxcompress.task import Task, check_task
 
 if TYPE_CHECKING:
     from fxcompress.report import Report
@@ -75,7 +75,7 @@ class PassManager:
         """Runs the pipeline; ``program`` stays as it is, also when a pass fails or the run is interrupted.
 
         Raises:
-            InputError: If ``program`` is not a Program.
+            InputError: If ``program`` is not a Program or ``task`` not a Task.
             VerificationError: If a pass breaks the Program, or is wrong about what it did.
         """
         given: Any = program
@@ -83,6 +83,7 @@ class PassManager:
             raise InputError(
                 f"PassManager.run needs a Program, not {type(given).__name__}; make one with fxcompress.trace"
             )
+        check_task(task)
         current = program.copy()
         for instrument in self.instruments:
             instrument.before_pipeline(current, self.pipeline, task)

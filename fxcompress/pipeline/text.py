@@ -9,7 +9,7 @@ passes found by name; ``str`` leaves out options that have their default value.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,10 +68,20 @@ def parse(text: str) -> Pipeline:
 
 
 def as_pipeline(pipeline: str | Pipeline | Sequence[Pass]) -> Pipeline:
-    """A pipeline from text, from passes, or as it is."""
-    if isinstance(pipeline, Pipeline):
-        return pipeline
-    return parse(pipeline) if isinstance(pipeline, str) else Pipeline(tuple(pipeline))
+    """A pipeline from text, from passes, or as it is.
+
+    Raises:
+        InputError: If it is none of these, or wrong.
+    """
+    given: Any = pipeline
+    if isinstance(given, Pipeline):
+        return given
+    if isinstance(given, str):
+        return parse(given)
+    if isinstance(given, (Pass, type)) or not isinstance(given, Iterable):
+        remedy = "put it in a list" if isinstance(given, (Pass, type)) else "give pipeline text or a list of passes"
+        raise InputError(f"{given!r} is no pipeline; {remedy}")
+    return Pipeline(tuple(given))
 
 
 def pass_text(item: Pass) -> str:

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from functools import cache
-from os import PathLike
-from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fxcompress.errors import ArtifactError
 from fxcompress.report import formatting
 from fxcompress.report.charts import HEIGHT, WIDTH, charts, shares
 from fxcompress.report.model import Report
@@ -65,36 +60,3 @@ def _environment() -> Environment:
     )
     environment.filters["seconds"] = formatting.seconds
     return environment
-
-
-def write(text: str, path: str | PathLike[str]) -> None:
-    """Writes a text file in one step: what was there stays whole until the new file is.
-
-    Raises:
-        ArtifactError: If the file cannot be written.
-    """
-    target = Path(path)
-    temporary: Path | None = None
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=target.parent, prefix=f".{target.name}.", suffix=".tmp", delete=False
-        ) as file:
-            temporary = Path(file.name)
-            file.write(text)
-        temporary.chmod(0o666 & ~_umask())  # a temporary file is private, a report is not
-        os.replace(temporary, target)
-    except OSError as error:
-        raise ArtifactError(
-            f"cannot write the report to {target}: {error.strerror or error}; give a file in a folder that exists and "
-            "can be written"
-        ) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    """The process's umask, which can be read only by setting it."""
-    current = os.umask(0o022)
-    os.umask(current)
-    return current

@@ -11,6 +11,7 @@ from fxcompress.ir.program import Diagnostic
 from fxcompress.pass_base import Refusal
 from fxcompress.report.formatting import counted, measured
 from fxcompress.report.rows import Figures, LayerRow, Measure, PassRow, Status
+from fxcompress.staging import staged
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,10 @@ class Report:
         Raises:
             ArtifactError: If the file cannot be written; a file that was there stays as it was.
         """
-        from fxcompress.report.html import page, write
+        from fxcompress.report.html import page
 
-        write(page(self), path)
+        with staged(path) as file:
+            file.write_text(page(self), encoding="utf-8")
 
     def _repr_html_(self) -> str:
         from fxcompress.report.html import fragment

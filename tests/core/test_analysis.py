@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
+import torch
 from toys import TOYS, CountNodes, Scale, WeightNorm, WritingAnalysis, put_weight, toy_program
 
 from fxcompress import registry
@@ -82,12 +83,18 @@ def test_an_analysis_that_writes_is_caught_and_not_kept():
     assert program._analyses == {}
 
 
+def test_only_programs_are_analysed():
+    with pytest.raises(InputError, match=r"analyze needs a Program, not Linear; make one with fxcompress\.trace"):
+        analyze(torch.nn.Linear(2, 2), "count-nodes")
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("weight-nrom", "unknown pass 'weight-nrom'; did you mean 'weight-norm'?"),
+        ("weight-nrom", "there is no analysis 'weight-nrom'; did you mean 'weight-norm'?"),
         ("scale", "'scale' is a transform, not an analysis; analyses: count-nodes, weight-norm, writing-analysis"),
         (Scale(), "'scale' is a transform, not an analysis"),
+        ("depth", "there is no analysis 'depth'; analyses: count-nodes, weight-norm, writing-analysis"),
         ("count-nodes,weight-norm", "'count-nodes,weight-norm' names 2 passes; give one analysis"),
         (CountNodes, r"<class 'toys.CountNodes'> is not an analysis; give CountNodes\(\)"),
         (3, "3 is not an analysis; give its name or an Analysis"),

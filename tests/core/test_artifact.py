@@ -5,10 +5,9 @@ import subprocess
 import sys
 
 import pytest
-import timm
 import torch
-import torchvision
 from answering import Answering
+from models import BERT_INPUTS, residual_net, small_bert, small_vit
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -43,25 +42,10 @@ class Tied(nn.Module):
 TOKENS = torch.randint(0, 11, (2, 5), generator=torch.Generator().manual_seed(0))
 
 
-def bert():
-    from transformers import BertConfig, BertModel
-
-    config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
-    return BertModel(config)
-
-
 MODELS = {
-    "resnet18": (torchvision.models.resnet18, torch.randn(2, 3, 64, 64), None),
-    "vit": (
-        lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=10),
-        torch.randn(2, 3, 32, 32),
-        None,
-    ),
-    "bert": (
-        bert,
-        {"input_ids": torch.randint(0, 50, (2, 7)), "attention_mask": torch.ones(2, 7, dtype=torch.long)},
-        {"input_ids": (1,), "attention_mask": (1,)},
-    ),
+    "residual": (residual_net, torch.randn(2, 3, 8, 8), None),
+    "vit": (small_vit, torch.randn(2, 3, 32, 32), None),
+    "bert": (small_bert, *BERT_INPUTS),
     "tied, dicts": (Tied, ({"tokens": TOKENS},), {"batch": (1,)}),
 }
 

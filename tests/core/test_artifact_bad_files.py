@@ -264,6 +264,18 @@ def test_a_module_that_is_no_standard_layer_is_named(tmp_path):
         fxc.save(program, tmp_path / "m.pt2")
 
 
+def test_what_is_no_program_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(fxc.ArtifactError, match=r"only a Program can be saved, not Linear; save Compressed\.program"):
+        fxc.save(nn.Linear(2, 2), tmp_path / "m.pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("device", ["toaster", "cuda:99", 1.5])
+def test_a_device_that_is_not_here_is_not_taken_for_a_damaged_file(device, small):
+    with pytest.raises(fxc.InputError, match=r"nothing can be loaded to the device .* on this machine; give 'cpu'"):
+        fxc.load(small[1], device=device)
+
+
 def test_a_report_that_is_no_json_is_refused(small, tmp_path):
     with pytest.raises(fxc.ArtifactError, match="the report is not JSON data"):
         fxc.save(small[0], tmp_path / "m.pt2", report={"x": object()})

@@ -92,7 +92,9 @@ def test_bench_says_what_installs_a_missing_engine(monkeypatch):
 
 
 def test_bench_refuses_an_empty_batch_and_an_unknown_engine():
-    with pytest.raises(fxc.InputError, match="cannot measure a batch of 0"):
+    with pytest.raises(fxc.InputError, match="cannot measure 25 rounds of a batch of 0; give at least 1 of each"):
         bench(toy_program(), batch=0)
+    with pytest.raises(fxc.InputError, match="cannot measure 0 rounds"):
+        bench(toy_program(), rounds=0)
     with pytest.raises(fxc.InputError, match="no engine 'opnvino'; did you mean 'openvino'"):
         bench(toy_program(), ["opnvino"])

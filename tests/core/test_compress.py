@@ -82,6 +82,13 @@ def test_a_wrong_pipeline_is_found_before_the_model_runs():
         fxc.compress(model, IMAGES, "defualt")
 
 
+def test_a_task_of_another_type_is_found_before_the_model_runs():
+    model = small_model()
+    model.register_forward_pre_hook(lambda *args: pytest.fail("the model ran"))
+    with pytest.raises(fxc.InputError, match=r"task must be a fxcompress\.Task, not function"):
+        fxc.compress(model, IMAGES, task=lambda module: 1.0)
+
+
 def test_a_program_takes_no_inputs():
     with pytest.raises(fxc.InputError, match="leave out example_inputs"):
         fxc.compress(fxc.trace(small_model(), IMAGES), IMAGES)

@@ -80,6 +80,23 @@ def test_copies_compute_the_same_and_stand_alone(emitted, x, clone):
     assert torch.equal(emitted(x)["logits"], expected)
 
 
+def test_a_pickled_copy_keeps_what_is_computed_from_buffers():
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("index", torch.tensor([[2, 0], [1, 1]]))
+            self.table = nn.Parameter(torch.randn(3, 4))
+
+        def forward(self, x):
+            return x + self.table[self.index.view(-1)].sum(0)
+
+    emitted = fxc.trace(Table(), torch.randn(2, 4)).emit()
+    copied = pickle.loads(pickle.dumps(emitted))
+    assert set(copied.state_dict()) == {"index", "table"}
+    x = torch.randn(3, 4)
+    assert torch.equal(copied(x), emitted(x))
+
+
 def test_it_exports_again_with_a_dynamic_batch(emitted, x):
     exported = torch.export.export(emitted, (x,), dynamic_shapes=({0: Dim.DYNAMIC},))
     other = torch.randn(5, 3, 8, 8)

@@ -1,6 +1,7 @@
 """Export: each file is run and compared before it takes its place; what cannot be exported gives one clear error."""
 
 import copy
+import functools
 import importlib.util
 import pickle
 
@@ -9,9 +10,8 @@ import onnx
 import onnxruntime
 import openvino
 import pytest
-import timm
 import torch
-import torchvision
+from models import BERT_INPUTS, residual_net, small_bert, small_vit
 from torch import nn
 
 import fxcompress as fxc
@@ -43,26 +43,10 @@ class Plain(nn.Module):
         return torch.relu(self.layer(x)), x.sum(1)
 
 
-def bert():
-    from transformers import BertConfig, BertModel
-
-    return BertModel(
-        BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
-    )
-
-
 MODELS = {
-    "resnet18": (torchvision.models.resnet18, torch.randn(2, 3, 64, 64), None),
-    "vit": (
-        lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=10),
-        torch.randn(2, 3, 32, 32),
-        None,
-    ),
-    "bert": (
-        bert,
-        {"input_ids": torch.randint(0, 50, (2, 7)), "attention_mask": torch.ones(2, 7, dtype=torch.long)},
-        {"input_ids": (1,), "attention_mask": (1,)},
-    ),
+    "residual": (residual_net, torch.randn(2, 3, 8, 8), None),
+    "vit": (small_vit, torch.randn(2, 3, 32, 32), None),
+    "bert": (small_bert, *BERT_INPUTS),
     "tied, dicts": (
         Tied,
         (({"tokens": torch.randint(0, 11, (2, 5)), "offset": torch.randn(2, 1, 1)},), {"scale": 3}),
@@ -71,10 +55,10 @@ MODELS = {
 }
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def program(request):
+@functools.cache
+def traced(name):
     torch.manual_seed(0)
-    make, inputs, dynamic = MODELS[request.param]
+    make, inputs, dynamic = MODELS[name]
     return fxc.trace(make(), inputs, dynamic=dynamic)
 
 
@@ -85,9 +69,10 @@ def plain():
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_every_format_computes_what_the_model_computes(suffix, program, tmp_path):
+@pytest.mark.parametrize("name", MODELS)
+def test_every_format_computes_what_the_model_computes(name, suffix, tmp_path):
     path = tmp_path / f"m{suffix}"
-    exported = fxc.export(program.emit(), path)
+    exported = fxc.export(traced(name).emit(), path)
     made = {".onnx": ["m.onnx"], ".xml": ["m.bin", "m.xml"], ".pt2": ["m.pt2"]}[suffix]
     assert sorted(file.name for file in tmp_path.iterdir()) == made
     assert exported.path == path
@@ -97,8 +82,7 @@ def test_every_format_computes_what_the_model_computes(suffix, program, tmp_path
 
 
 def test_onnx_keeps_names_and_dynamic_dims(plain, tmp_path):
-    make, inputs, dynamic = MODELS["bert"]
-    fxc.export(fxc.trace(make(), inputs, dynamic=dynamic), tmp_path / "bert.onnx")
+    fxc.export(traced("bert"), tmp_path / "bert.onnx")
     graph = onnx.load(tmp_path / "bert.onnx").graph
     shapes = {
         value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
@@ -118,8 +102,7 @@ def test_onnx_keeps_names_and_dynamic_dims(plain, tmp_path):
 
 
 def test_structured_inputs_and_outputs_get_readable_names(tmp_path):
-    make, inputs, _ = MODELS["tied, dicts"]
-    fxc.export(fxc.trace(make(), inputs), tmp_path / "m.onnx")
+    fxc.export(traced("tied, dicts"), tmp_path / "m.onnx")
     graph = onnx.load(tmp_path / "m.onnx").graph
     assert [value.name for value in graph.input] == ["batch_tokens", "batch_offset"]
     assert [value.name for value in graph.output] == ["logits", "best_0", "best_1"]

@@ -2,42 +2,16 @@
 
 import pytest
 import torch
+from models import Detector, images
 from torch import nn
 
 import fxcompress as fxc
-
-
-class Detector(nn.Module):
-    """A backbone and a head around a selection that depends on the data."""
-
-    def __init__(self):
-        super().__init__()
-        self.backbone = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU())
-        self.backbone.out_channels = 8
-        self.scorer = nn.Conv2d(8, 1, 1)
-        self.head = nn.Linear(8, 4)
-
-    def forward(self, images):
-        found = []
-        for image in images:
-            features = self.backbone(image[None])
-            keep = (self.scorer(features)[0, 0] > 0).nonzero()
-            if len(keep) == 0:
-                keep = torch.zeros(1, 2, dtype=torch.long)
-            assert self.backbone.out_channels == features.shape[1]
-            found.append(self.head(features[0, :, keep[:, 0], keep[:, 1]].t()))
-        return found
 
 
 @pytest.fixture
 def detector():
     torch.manual_seed(0)
     return Detector().eval()
-
-
-def images(*sizes):
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(3, *size, generator=generator) for size in sizes]
 
 
 def test_whole_capture_says_how_to_go_on(detector):
@@ -126,3 +100,65 @@ def test_nothing_to_capture_is_an_error():
 def test_a_failing_model_is_an_input_error(detector):
     with pytest.raises(fxc.InputError, match="itself fails"):
         fxc.trace_islands(detector, (images((1, 1)),))
+
+
+def test_a_submodule_that_is_called_in_two_ways_stays_in_python():
+    class Flexible(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x, scale=None):
+            return self.inner(x) if scale is None else self.inner(x) * scale
+
+    class Host(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.flexible = Flexible()
+
+        def forward(self, x):
+            return self.flexible(self.flexible(x), 2.0)
+
+    partial = fxc.trace_islands(Host(), torch.randn(2, 4))
+    assert set(partial.islands) == {"flexible.inner"}
+    (left,) = partial.diagnostics
+    assert "called in more than one way" in left.message
+
+
+def test_weights_tied_across_islands_stay_tied():
+    class Host(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.left = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+            self.second.weight = self.left.weight = self.first.weight
+
+        def forward(self, x):
+            y = self.second(self.first(x))
+            return nn.functional.linear(y, self.left.weight) if float(y.sum()) < 1e9 else y
+
+    emitted = fxc.trace_islands(Host(), torch.randn(2, 4)).emit()
+    assert emitted.first.weight is emitted.second.weight is emitted.left.weight
+
+
+def test_a_part_that_gives_an_object_stays_in_python():
+    class Box:
+        def __init__(self, value):
+            self.value = value
+
+    class Boxed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return Box(self.inner(x))
+
+    class Host(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.boxed = Boxed()
+
+        def forward(self, x):
+            return self.boxed(x).value
+
+    assert set(fxc.trace_islands(Host(), torch.randn(2, 4)).islands) == {"boxed.inner"}

@@ -135,7 +135,7 @@ def test_an_interrupt_leaves_everything_as_it_was(untouched):
 
 def test_required_analyses_must_exist(monkeypatch):
     monkeypatch.setattr(Nothing, "requires", ("weight-nrom",))
-    with pytest.raises(InputError, match="unknown pass 'weight-nrom'; did you mean 'weight-norm'") as caught:
+    with pytest.raises(InputError, match="there is no analysis 'weight-nrom'; did you mean 'weight-norm'") as caught:
         PassManager([Nothing()])
     assert caught.value.__notes__ == ["required by the pass 'nothing'"]
 
@@ -143,6 +143,8 @@ def test_required_analyses_must_exist(monkeypatch):
 def test_only_programs_run():
     with pytest.raises(InputError, match=r"needs a Program, not Linear; make one with fxcompress\.trace"):
         PassManager("scale").run(torch.nn.Linear(2, 2))
+    with pytest.raises(InputError, match=r"task must be a fxcompress\.Task, not list"):
+        PassManager("scale").run(toy_program(), [])
 
 
 def test_the_report_is_built_once_from_before_after_and_records(untouched, monkeypatch):

@@ -52,6 +52,18 @@ def test_torchvision_model_without_a_single_input_size_asks_for_input():
         load_model("torchvision:raft_small")
 
 
+def test_torchvision_detection_takes_a_list_of_images():
+    found = load_model("torchvision:ssdlite320_mobilenet_v3_large")
+    (images,) = found.example_inputs
+    assert [image.shape for image in images] == [(3, 320, 320)] * 2
+
+
+def test_weights_of_a_backbone_are_not_downloaded(monkeypatch):
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *args, **kwargs: pytest.fail("downloaded"))
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", torch.hub.load_state_dict_from_url)
+    assert load_model("torchvision:lraspp_mobilenet_v3_large").example_inputs.shape[:2] == (2, 3)
+
+
 def test_timm_takes_its_own_input_size():
     found = load_model("timm:test_resnet")
     assert found.example_inputs.shape == (2, 3, *found.model.pretrained_cfg["input_size"][1:])

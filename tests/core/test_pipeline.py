@@ -349,3 +349,7 @@ def test_a_pipeline_holds_pass_instances_only():
         Pipeline((Scale(), CountNodes))
     with pytest.raises(InputError, match="item 0 of the pipeline is 'scale', which is not a pass; give instances"):
         Pipeline(("scale",))
+    with pytest.raises(InputError, match="None is no pipeline; give pipeline text or a list of passes"):
+        as_pipeline(None)
+    with pytest.raises(InputError, match=r"Scale\(.*\) is no pipeline; put it in a list"):
+        as_pipeline(Scale())

@@ -1,0 +1,123 @@
+"""Compressing what can be captured of a model that cannot be captured whole."""
+
+import json
+
+import pytest
+import torch
+from models import Detector, images
+from torch import nn
+
+import fxcompress as fxc
+from fxcompress.cli import main
+from fxcompress.ir.program import Diagnostic
+from fxcompress.pass_base import Refusal
+from fxcompress.report import PassRow, Report
+from fxcompress.report.islands import merged
+from fxcompress.verification.numerics import Comparison
+
+
+def detector():
+    torch.manual_seed(0)
+    return Detector().eval()
+
+
+@pytest.fixture(scope="module")
+def partial():
+    return fxc.trace_islands(detector(), (images((16, 16)),))
+
+
+@pytest.fixture(scope="module")
+def out(partial):
+    return fxc.compress(partial)
+
+
+def test_islands_are_compressed_and_the_code_around_them_runs_as_before(out):
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in out.model.modules())
+    with torch.no_grad():
+        for expected, found in zip(
+            detector()(images((24, 24), (9, 30))), out.model(images((24, 24), (9, 30))), strict=True
+        ):
+            torch.testing.assert_close(expected, found)
+
+
+def test_the_report_covers_every_island_by_its_place_in_the_model(out):
+    report = out.report
+    assert report.title == "Detector"
+    assert {row.name.split(".")[0] for row in report.layers} == {"backbone", "scorer", "head"}
+    assert {row.name: row.status for row in report.layers}["backbone.1"] == "removed"
+    assert [row.text for row in report.passes] == ["eliminate-dead", "fold-constants", "fold-batchnorm"]
+    assert report.passes[2].counts == "folded 1"
+    assert report.before.params == sum(each.numel() for each in detector().parameters())
+    assert Report.from_json(report.to_json()) == report
+    assert repr(out).startswith("Compressed(Detector: params ")
+
+
+def test_the_metric_is_taken_of_the_whole_model(partial):
+    def detections(module):
+        return sum(len(found) for found in module(images((16, 16))))
+
+    out = fxc.compress(partial, task=fxc.Task(evaluate=detections, metric="detections"))
+    (measure,) = out.report.measures
+    assert (measure.name, measure.before) == ("detections", measure.after)
+    assert measure.before > 0
+
+
+def test_a_failing_pass_names_the_island(partial, monkeypatch):
+    from fxcompress.passes.fold_batchnorm import FoldBatchnorm
+
+    monkeypatch.setattr(FoldBatchnorm, "run", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as caught:
+        fxc.compress(partial, pipeline="fold-batchnorm")
+    assert caught.value.__notes__[-1] == "in the island 'backbone'"
+
+
+def test_inputs_are_those_it_was_captured_with(partial):
+    with pytest.raises(fxc.InputError, match="a PartialProgram has its example inputs"):
+        fxc.compress(partial, (images((16, 16)),))
+
+
+def test_what_needs_a_whole_program_says_how_to_go_on(out, tmp_path):
+    with pytest.raises(fxc.ArtifactError, match=r"not PartialProgram; .*each of the islands"):
+        out.save(tmp_path / "detector.pt2")
+    with pytest.raises(fxc.InputError, match="each of the islands of a PartialProgram"):
+        fxc.export(out.model, tmp_path / "detector.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_island_can_be_saved_and_exported_by_itself(out, tmp_path):
+    island = out.program.islands["backbone"]
+    fxc.save(island, tmp_path / "backbone.pt2")
+    fxc.export(island, tmp_path / "backbone.onnx")
+    features = torch.randn(1, 3, 21, 34)
+    with torch.no_grad():
+        assert torch.equal(fxc.load(tmp_path / "backbone.pt2")(features), island(features))
+
+
+def test_passes_of_all_islands_become_one_row_with_the_largest_error():
+    def island(error, exact, refusals=()):
+        row = PassRow("scale", 1.5, not exact, {"scaled": 2}, refusals, Comparison(error, error, 100.0, exact))
+        return Report("Island", (), (row,), (Diagnostic("training-only", "drops", "drop"),))
+
+    report = merged("Whole", {"a": island(0.0, True), "b.c": island(0.25, False, (Refusal("no", "conv", "why"),))}, ())
+    (row,) = report.passes
+    assert (row.seconds, row.changed, row.statistics) == (3.0, True, {"scaled": 4})
+    assert row.comparison.max_rel_error == 0.25
+    assert row.refusals == (Refusal("no", "b.c.conv", "why"),)
+    assert [each.path for each in report.diagnostics] == ["a.drop", "b.c.drop"]
+
+
+def test_the_command_line_takes_the_model_in_parts_and_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_detector.py").write_text(
+        "import torch\nfrom models import Detector, images\n\n"
+        "def build():\n    torch.manual_seed(0)\n    return Detector(), (images((16, 16)),)\n"
+    )
+    assert main(["compress", "my_detector.py:build", "-o", "out"]) == 0
+    text, notes = capsys.readouterr()
+    assert notes.startswith("taken in parts: Detector cannot be captured at ")
+    assert "3 islands: backbone, scorer, head\nleft in Python: the code around them\n" in text
+    assert "model.pt2 and model.onnx are left out: the model was captured in part only" in text
+    assert sorted(each.name for each in (tmp_path / "out").iterdir()) == ["report.html", "report.json"]
+    assert "latency (eager, example inputs)" in {
+        each["name"] for each in json.loads((tmp_path / "out" / "report.json").read_text())["measures"]
+    }
