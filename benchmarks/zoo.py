@@ -82,9 +82,8 @@ def _torchvision(name: str) -> Subject:
     import torchvision
 
     if name in ON_META:
-        with torch.device("meta"):
-            model = torchvision.models.get_model(name).eval()
-            return Subject(model, (torch.randn(2, 3, 224, 224),), {})
+        model = torchvision.models.get_model(name).eval().to("meta")
+        return Subject(model, (torch.randn(2, 3, 224, 224, device="meta"),), {})
     builder = torchvision.models.get_model_builder(name)
     if ".detection." in builder.__module__:
         sizes = {} if name.startswith("ssd") else {"min_size": 160, "max_size": 256}  # 800 pixels take minutes
@@ -99,7 +98,7 @@ def _torchvision(name: str) -> Subject:
         return _settled(torchvision.models.get_model(name, weights=None), images, {"num_flow_updates": 2})
     model = torchvision.models.get_model(name, weights=None)
     if name.startswith(_VIDEO):
-        fixed = name.startswith("mvit")
+        fixed = name.startswith(("mvit", "s3d"))
         return _settled(model, (torch.randn(2, 3, 16, 224, 224) if fixed else torch.randn(2, 3, 16, 64, 64),))
     return _image_model(model, (_SMALL_IMAGE, 128, 299 if name.startswith("inception") else 224))
 

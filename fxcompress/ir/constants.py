@@ -9,7 +9,7 @@ from torch import fx
 from torch._ops import OpOverload
 from torch.fx.node import map_arg
 
-from fxcompress.ir.ops import get_state, set_state
+from fxcompress.ir.ops import free_name, get_state, set_state
 from fxcompress.ir.program import CONSTANTS
 
 aten = torch.ops.aten
@@ -37,7 +37,7 @@ def fold_constants(graph_module: fx.GraphModule) -> int:
     ]
     for node in frontier:
         value = _evaluate(graph_module, node, values)
-        name = _fresh_name(graph_module, node)
+        name = f"{CONSTANTS}.{free_name(graph_module, CONSTANTS, node.name)}"
         set_state(graph_module, name, value.clone(memory_format=torch.contiguous_format), persistent=False)
         with graph.inserting_before(node):
             read = graph.get_attr(name)
@@ -105,15 +105,6 @@ def _evaluate(graph_module: fx.GraphModule, node: fx.Node, values: dict[fx.Node,
                 values[current] = current.target(*args, **kwargs)  # type: ignore[operator]
             pending.pop()
     return values[node]
-
-
-def _fresh_name(graph_module: fx.GraphModule, node: fx.Node) -> str:
-    taken = graph_module._modules.get(CONSTANTS)
-    name, count = node.name, 0
-    while taken is not None and name in taken._buffers:
-        count += 1
-        name = f"{node.name}_{count}"
-    return f"{CONSTANTS}.{name}"
 
 
 def _sweep(graph: fx.Graph, constant: set[fx.Node]) -> None:

@@ -13,6 +13,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from fxcompress.ir.program import Interface, Program, clone_graph_module
 
+aten = torch.ops.aten
+
 STRUCTURE = "structure"
 """Prefix of the submodules that pack and unpack structures Python has no literal for (dataclasses)."""
 
@@ -32,6 +34,28 @@ class Unpack(nn.Module):
         if spec.num_leaves != self.spec.num_leaves:
             raise TypeError(f"expected an input of structure {self.spec}, got {spec}")
         return leaves
+
+
+class Fixed(nn.Module):
+    """Checks an input that is no tensor: the graph was captured for one value of it."""
+
+    def __init__(self, name: str, value: Any) -> None:
+        super().__init__()
+        self.name = name
+        self.value = value
+
+    def forward(self, value: Any) -> None:
+        if isinstance(value, torch.Tensor) or value != self.value:
+            raise ValueError(
+                f"input {self.name!r} was {self.value!r} when the model was traced and is fixed; "
+                f"to call it with {type(value).__name__} {value!r}, trace the model with that value"
+            )
+
+
+class StateTracer(fx.Tracer):
+    """Traces an unpickled ``GraphModule`` again, as torch does, without computing on its buffers meanwhile."""
+
+    proxy_buffer_attributes = True
 
 
 class Pack(nn.Module):
@@ -60,13 +84,15 @@ def with_signature(program: Program, take: Callable[[torch.Tensor], torch.Tensor
     How it is called, with example inputs, stays in ``meta[INTERFACE]`` (deep copies keep it, pickles do not).
     """
     source = program.graph_module
-    graph = fx.Graph()
+    graph = fx.Graph(tracer_cls=StateTracer)
     structures: dict[str, nn.Module] = {}
     values = _placeholders(graph, program, structures)
     for node in source.graph.nodes:
         if node.op not in ("placeholder", "output"):
             values[node] = graph.node_copy(node, lambda operand: values[operand])
             values[node].meta = {key: node.meta[key] for key in ("stack_trace",) if key in node.meta}
+            if node.target is aten.full.default and not all(isinstance(size, int) for size in node.args[0]):
+                _size_from_tensor(node, values)
     leaves: Any = fx.node.map_arg(source.graph.output_node().args[0], lambda node: values[node])
     graph.output(_output(graph, program.interface.out_spec, list(leaves), structures))
     emitted = clone_graph_module(source, graph, take, {name: module.eval() for name, module in structures.items()})
@@ -74,25 +100,48 @@ def with_signature(program: Program, take: Callable[[torch.Tensor], torch.Tensor
     return emitted
 
 
+def _size_from_tensor(node: fx.Node, values: dict[fx.Node, fx.Node]) -> None:
+    """Makes a tensor of dynamic size from the tensor that its size is read from.
+
+    Pickling a ``GraphModule``, as other tools do, traces its code again, which sees only calls that are given a tensor.
+    """
+    source = node
+    while not isinstance(source.meta["val"], torch.Tensor) or source is node:
+        source = source.all_input_nodes[0]
+    made = values[node]
+    made.target = aten.new_full.default
+    made.args = (values[source], *made.args)
+    made.kwargs = {"dtype": node.meta["val"].dtype, "device": node.meta["val"].device}
+
+
 def _placeholders(graph: fx.Graph, program: Program, structures: dict[str, nn.Module]) -> dict[fx.Node, fx.Node]:
     """One placeholder for each of the caller's inputs; structured inputs are taken apart."""
     interface = program.interface
     flat = [node for node in program.nodes if node.op == "placeholder"]
-    specs = _top_level_specs(interface)
+    specs, leaves = _top_level_specs(interface), interface.leaves
     values: dict[fx.Node, fx.Node] = {}
     position = 0
     top: list[tuple[fx.Node, TreeSpec, int]] = []
     for name, spec in zip(interface.names, specs, strict=True):
-        leaf = interface.leaves[position] if spec.is_leaf() else None
-        default: tuple[Any, ...] = (leaf,) if spec.is_leaf() and not isinstance(leaf, torch.Tensor) else ()
-        top.append(
-            (graph.placeholder(name, default_value=default[0]) if default else graph.placeholder(name), spec, position)
-        )
+        top.append((graph.placeholder(name), spec, position))
         position += spec.num_leaves
+    _set_defaults(top, leaves)
     for node, spec, start in top:
-        for offset, value in enumerate(_take_apart(graph, node, spec, structures)):
-            values[flat[start + offset]] = value
+        for index, value in enumerate(_take_apart(graph, node, spec, structures), start):
+            values[flat[index]] = value
+            if not isinstance(leaves[index], torch.Tensor):
+                checked = f"{STRUCTURE}_{len(structures)}"
+                structures[checked] = Fixed(str(node.target), leaves[index])
+                graph.call_module(checked, (value,))
     return values
+
+
+def _set_defaults(top: list[tuple[fx.Node, TreeSpec, int]], leaves: list[Any]) -> None:
+    """Inputs that are no tensors may be left out, if no input that must be given comes after them."""
+    for node, spec, start in reversed(top):
+        if not spec.is_leaf() or isinstance(leaves[start], torch.Tensor):
+            return
+        node.args = (leaves[start],)
 
 
 def _top_level_specs(interface: Interface) -> list[TreeSpec]:

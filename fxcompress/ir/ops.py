@@ -7,6 +7,7 @@ read this instead of telling ``call_module nn.Conv2d`` and ``call_function aten.
 from __future__ import annotations
 
 import functools
+import operator
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -65,6 +66,16 @@ def bind(overload: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     return bound
 
 
+def is_operation(target: Any) -> bool:
+    """Whether a ``call_function`` target may stand in a Program: an operator overload, or arithmetic on sizes."""
+    if isinstance(target, OpOverload) or target is operator.getitem:
+        return True
+    module = getattr(target, "__module__", None) or ""
+    return module in ("_operator", "math", "builtins") or (
+        module.startswith("torch") and getattr(target, "__name__", "").startswith("sym_")
+    )
+
+
 def get_state(root: nn.Module, name: str) -> torch.Tensor:
     """The parameter or buffer at a qualified name."""
     path, _, leaf = name.rpartition(".")
@@ -89,6 +100,19 @@ def set_state(root: nn.Module, name: str, value: torch.Tensor, *, persistent: bo
         if leaf in owner._parameters:
             del owner._parameters[leaf]
         owner.register_buffer(leaf, value, persistent=persistent)
+
+
+def free_name(root: nn.Module, path: str, leaf: str) -> str:
+    """``leaf``, or ``leaf`` with a number, so that no state at ``path`` has that name yet."""
+    try:
+        owner = root.get_submodule(path)
+    except AttributeError:
+        return leaf
+    name, count = leaf, 0
+    while name in owner._buffers or name in owner._parameters or name in owner._modules:
+        count += 1
+        name = f"{leaf}_{count}"
+    return name
 
 
 def replace_state(root: nn.Module, old: torch.Tensor, new: torch.Tensor) -> None:

@@ -74,6 +74,12 @@ class Interface:
         return args, kwargs
 
     @property
+    def other_batch(self) -> int | None:
+        """A batch size to check at beside the example's; small, since the example's may be large."""
+        rows = self.batch_size
+        return None if rows is None else 3 if rows == 2 else 2
+
+    @property
     def batch_size(self) -> int | None:
         """Rows of the example inputs, or ``None`` when no input has a batch dim."""
         leaves = self.leaves

@@ -15,7 +15,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import tree_unflatten
 
 from fxcompress.errors import CaptureError
-from fxcompress.ir.ops import set_state
+from fxcompress.ir.ops import free_name, is_operation, set_state
 from fxcompress.ir.program import CONSTANTS, graph_module_of
 from fxcompress.tracing.inputs import ExampleInputs
 
@@ -32,11 +32,21 @@ def export(model: nn.Module, inputs: ExampleInputs) -> ExportedProgram:
     args, kwargs = tree_unflatten(leaves, inputs.spec)
     shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
     for index, dims in inputs.dynamic.items():
-        shapes[leaves[index]] = dict.fromkeys(dims, Dim.AUTO if inputs.constrained else Dim.DYNAMIC)
-    try:
+        shapes[leaves[index]] = {dim: Dim.DYNAMIC if inputs.demanded(index, dim) else Dim.AUTO for dim in dims}
+
+    def attempt() -> ExportedProgram:
         dynamic_shapes = shapes.dynamic_shapes(model, args, kwargs) if inputs.dynamic else None
         with redirect_stderr(io.StringIO()):  # a failing export prints the whole graph it has so far
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+
+    try:
+        try:
+            return attempt()
+        except RuntimeError as error:
+            if "modified inplace" not in str(error):
+                raise
+            with torch.no_grad():  # autograd forbids some writes that inference allows and that have a functional form
+                return attempt()
     except Exception as error:
         raise CaptureError(_explain(model, error)) from error
 
@@ -149,13 +159,15 @@ def _read_state(
     persistent = spec.kind is InputKind.PARAMETER or (spec.kind is InputKind.BUFFER and spec.persistent)
     name = canonical.get(spec.target, spec.target)
     tensor = exported.state_dict[name] if name in exported.state_dict else exported.constants[spec.target]
-    if not persistent:  # saved nowhere, so its name is free: a raised layer need not carry it
-        name = f"{CONSTANTS}.{spec.target.replace('.', '_')}"
-    if name not in reads:
+    key = name if persistent else f"{id(tensor)} saved nowhere"
+    if key not in reads:
+        if not persistent:  # its name is free, so a raised layer need not carry it
+            leaf = spec.target.removeprefix(f"{CONSTANTS}.").replace(".", "_")
+            name = f"{CONSTANTS}.{free_name(root, CONSTANTS, leaf)}"
         set_state(root, name, tensor, persistent=persistent)
-        reads[name] = graph.create_node("get_attr", name, name=name.replace(".", "_"))
-        reads[name].meta = dict(node.meta)
-    return reads[name]
+        reads[key] = graph.create_node("get_attr", name, name=name.replace(".", "_"))
+        reads[key].meta = dict(node.meta)
+    return reads[key]
 
 
 def _output(graph: fx.Graph, exported: ExportedProgram, node: fx.Node, values: dict[fx.Node, Any]) -> None:
@@ -195,6 +207,12 @@ def _copy(graph: fx.Graph, owner: fx.GraphModule, node: fx.Node, values: dict[fx
         raise CaptureError(
             f"the model uses {node.target}, a control-flow operator with subgraphs, which a Program cannot "
             "hold; use fxcompress.trace_islands for the parts around it"
+        )
+    if node.op == "call_function" and not is_operation(node.target):
+        raise CaptureError(
+            f"the model calls {getattr(node.target, '__name__', node.target)} (a function transform such as vmap, or "
+            "Python code that torch.export does not look into), which a Program cannot hold; write it with tensor "
+            "operations, or use fxcompress.trace_islands for the parts around it"
         )
     values[node] = graph.node_copy(node, lambda operand: values[operand])
 

@@ -21,6 +21,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
 from fxcompress.errors import CaptureError
+from fxcompress.ir.constants import is_constant_state
 from fxcompress.ir.ops import bind
 
 aten = torch.ops.aten
@@ -32,7 +33,7 @@ def functionalize(graph_module: fx.GraphModule) -> None:
     Raises:
         CaptureError: A write has no functional form, or changes the model's own state.
     """
-    rewriter = _Functionalizer(graph_module.graph)
+    rewriter = _Functionalizer(graph_module)
     for node in list(graph_module.graph.nodes):
         rewriter.visit(node)
 
@@ -49,8 +50,9 @@ class _Functionalizer:
     takes the view (a view that was written to is computed by another operation, but is taken again by this one).
     """
 
-    def __init__(self, graph: fx.Graph) -> None:
-        self.graph = graph
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        self.graph_module = graph_module
+        self.graph = graph = graph_module.graph
         self.order = {node: index for index, node in enumerate(graph.nodes)}
         self.parent: dict[fx.Node, fx.Node] = {}
         self.views: dict[fx.Node, list[fx.Node]] = {}
@@ -71,11 +73,20 @@ class _Functionalizer:
 
     def _rewrite(self, node: fx.Node) -> None:
         target = node.args[0]
-        if not isinstance(target, fx.Node):
-            raise CaptureError(f"{node.target} writes into a list of tensors, which has no functional form here")
+        written = [a.name for a in node.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]  # type: ignore[union-attr]
+        if not isinstance(target, fx.Node) or written != [node.target._schema.arguments[0].name]:  # type: ignore[union-attr]
+            raise CaptureError(
+                f"{node.target} writes into {', '.join(written)}, which has no functional form here; rewrite it out of "
+                "place, without out= and without lists of tensors"
+            )
+        for view in self._path(target):
+            if view.target is operator.getitem and view in self.parent:
+                self._single(view)
+        target = node.args[0]
+        assert isinstance(target, fx.Node)
         path = self._path(target)
         root = path[-1]
-        if root.op == "get_attr" and not _is_constant(root):
+        if root.op == "get_attr" and not is_constant_state(self.graph_module, str(root.target)):
             raise CaptureError(
                 f"the model writes into its own state {root.target!r} in eval mode; a Program is a pure function: pass "
                 "the state as an input, or use fxcompress.trace_islands"
@@ -91,6 +102,23 @@ class _Functionalizer:
                 self._retake(stale, versions)
         self._succeed(versions, now)
         self.graph.erase_node(node)
+
+    def _single(self, part: fx.Node) -> None:
+        """Makes one part of a split a slice (or, of an unbind, a selection) of the tensor that was split."""
+        parts = self.parent[part]
+        source = self.parent[parts]
+        with self.graph.inserting_before(part):
+            view = _part(self.graph, part, parts, source)
+        view.meta = dict(part.meta)
+        self.order[view] = self.order[part]
+        self._link(view, source, view)
+        part.replace_all_uses_with(view)
+        for child in self.views.pop(part, []):
+            self.parent[child] = view
+            self.views.setdefault(view, []).append(child)
+        self.views[parts].remove(part)
+        del self.parent[part], self.recipe[part]
+        self.graph.erase_node(part)
 
     def _path(self, node: fx.Node) -> list[fx.Node]:
         """A node, what it is a view of, and so on up to the tensor that owns the memory."""
@@ -143,12 +171,6 @@ def _substitute(old: Any, new: fx.Node, operand: fx.Node) -> fx.Node:
     return new if operand is old else operand
 
 
-def _is_constant(node: fx.Node) -> bool:
-    from fxcompress.ir.program import CONSTANTS
-
-    return str(node.target).startswith(CONSTANTS + ".")
-
-
 def _viewed(node: fx.Node) -> fx.Node | None:
     """The node whose memory this one shares, by schema and (where the schema says "maybe") by storage."""
     if node.op != "call_function":
@@ -179,12 +201,44 @@ def _functional(graph: fx.Graph, node: fx.Node, target: fx.Node) -> fx.Node:
     else:
         namespace = getattr(torch.ops, overload.namespace)
         plain = "__" + name[3:] if name.startswith("__i") else name.rstrip("_")
-        functional = getattr(getattr(namespace, plain, None), overload._overloadname, None)
-        if functional is None or functional._schema.is_mutable:
+        functional = _same_arguments(getattr(namespace, plain, None), overload)
+        if functional is None:
             raise CaptureError(f"{overload} writes in place and has no functional form; rewrite it out of place")
         value = graph.call_function(functional, node.args, node.kwargs)
     value.meta = dict(node.meta)
     return _kept_dtype(graph, node, value)
+
+
+def _part(graph: fx.Graph, part: fx.Node, parts: fx.Node, source: fx.Node) -> fx.Node:
+    """The slice or selection of ``source`` that is ``part``, a result of splitting it."""
+    index = part.args[1]
+    assert isinstance(index, int)
+    assert isinstance(parts.target, OpOverload)
+    call, found = bind(parts.target, parts.args, parts.kwargs), parts.meta["val"]
+    index, dim = index % len(found), call.get("dim")
+    if not isinstance(dim, int):
+        raise CaptureError(f"a part of {parts.target} is written in place; rewrite it out of place")
+    if parts.target is aten.unbind.int:
+        return graph.call_function(aten.select.int, (source, dim, index))
+    start = sum(piece.shape[dim] for piece in found[:index])
+    end = start + found[index].shape[dim]
+    if not isinstance(end, int):
+        raise CaptureError(f"a part of {parts.target} over a dynamic dim is written in place; rewrite it out of place")
+    return graph.call_function(aten.slice.Tensor, (source, dim, start, end))
+
+
+def _same_arguments(packet: Any, overload: OpOverload) -> OpOverload | None:
+    """The functional overload that takes what an in-place one takes; ``pow_.Scalar`` is ``pow.Tensor_Scalar``."""
+    if packet is None:
+        return None
+    wanted = _argument_types(overload)
+    names = sorted(packet.overloads(), key=lambda name: name != overload._overloadname)
+    overloads = (getattr(packet, name) for name in names)
+    return next((o for o in overloads if not o._schema.is_mutable and _argument_types(o) == wanted), None)
+
+
+def _argument_types(overload: OpOverload) -> list[str]:
+    return [str(argument.type) for argument in overload._schema.arguments]
 
 
 def _kept_dtype(graph: fx.Graph, node: fx.Node, value: fx.Node) -> fx.Node:
@@ -253,8 +307,9 @@ Inverse = Callable[[fx.Graph, fx.Node, fx.Node, dict[str, Any]], fx.Node]
 
 
 def _slice(graph: fx.Graph, parent: fx.Node, value: fx.Node, call: dict[str, Any]) -> fx.Node:
+    step = () if call["step"] == 1 else (call["step"],)
     return graph.call_function(
-        aten.slice_scatter.default, (parent, value, call["dim"], call["start"], call["end"], call["step"])
+        aten.slice_scatter.default, (parent, value, call["dim"], call["start"], call["end"], *step)
     )
 
 
@@ -266,17 +321,11 @@ def _reshape(graph: fx.Graph, parent: fx.Node, value: fx.Node, call: dict[str, A
     return graph.call_function(aten.reshape.default, (value, sizes(graph, parent)))
 
 
-def _transpose(graph: fx.Graph, parent: fx.Node, value: fx.Node, call: dict[str, Any]) -> fx.Node:
-    return graph.call_function(aten.transpose.int, (value, call["dim0"], call["dim1"]))
-
-
-def _t(graph: fx.Graph, parent: fx.Node, value: fx.Node, call: dict[str, Any]) -> fx.Node:
-    return graph.call_function(aten.t.default, (value,))
-
-
-def _permute(graph: fx.Graph, parent: fx.Node, value: fx.Node, call: dict[str, Any]) -> fx.Node:
-    rank = len(call["dims"])
-    order = [dim % rank for dim in call["dims"]]
+def _permuted(graph: fx.Graph, parent: fx.Node, value: fx.Node, call: dict[str, Any], view: OpOverload) -> fx.Node:
+    """The inverse of a permutation, read off what the view does to a shape whose sizes all differ."""
+    rank = parent.meta["val"].dim()
+    probe = torch.empty(tuple(range(1, rank + 1)), device="meta")
+    order = [size - 1 for size in view(**{**call, "self": probe}).shape]
     return graph.call_function(aten.permute.default, (value, [order.index(dim) for dim in range(rank)]))
 
 
@@ -289,9 +338,20 @@ def _diagonal(graph: fx.Graph, parent: fx.Node, value: fx.Node, call: dict[str, 
 _INVERSES: dict[OpOverload, Inverse] = {
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
-    aten.transpose.int: _transpose,
-    aten.t.default: _t,
-    aten.permute.default: _permute,
+    **{
+        view: partial(_permuted, view=view)
+        for view in (
+            aten.transpose.int,
+            aten.t.default,
+            aten.permute.default,
+            aten.movedim.int,
+            aten.movedim.intlist,
+            aten.swapaxes.default,
+            aten.swapdims.default,
+            aten.numpy_T.default,
+            aten.mT.default,
+        )
+    },
     aten.diagonal.default: _diagonal,
     **dict.fromkeys(
         (

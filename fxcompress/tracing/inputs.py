@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,9 +52,31 @@ class ExampleInputs:
         args, kwargs = tree_unflatten(leaves, self.spec)
         return args, kwargs
 
+    def demanded(self, index: int, dim: int) -> bool:
+        """Whether a dim must stay dynamic; else it may become a constant.
+
+        That an input has as many rows as the first one may be an accident, so only the first one's batch is demanded.
+        """
+        guessed = self.batch.get(index) == dim and index != next(iter(self.batch))
+        return not self.constrained and not guessed
+
+    def settled(self, values: list[Any]) -> ExampleInputs:
+        """The inputs with only those dims dynamic that are in ``values``, the symbolic inputs of what was captured."""
+        dynamic = {
+            index: tuple(dim for dim in dims if _may_change(values[index].shape[dim]))
+            for index, dims in self.dynamic.items()
+        }
+        batch = {index: dim for index, dim in self.batch.items() if dim in dynamic.get(index, ())}
+        return replace(self, dynamic={index: dims for index, dims in dynamic.items() if dims}, batch=batch)
+
     def interface(self, out_spec: TreeSpec) -> Interface:
         """What callers see, once the output structure is known."""
         return Interface(self.args, self.kwargs, self.spec, out_spec, self.names, self.dynamic, self.batch)
+
+
+def _may_change(size: int | torch.SymInt) -> bool:
+    """Whether a size is still a symbol; what the weights fix is one that stands for a number."""
+    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
 
 
 def split_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -96,7 +118,7 @@ def prepare(
     batch = _batch_dims(leaves, batch_dim)
     dims: dict[int, tuple[int, ...]] = {index: (dim,) for index, dim in batch.items()}
     for name, extra in (dynamic or {}).items():
-        for index in _leaves_of(name, labels, leaves, extra):
+        for index in _leaves_of(name, labels, leaves, extra, batch):
             dims[index] = tuple(sorted({*dims.get(index, ()), *(d % leaves[index].dim() for d in extra)}))
     return ExampleInputs(args, kwargs, names, spec, labels, dims, batch)
 
@@ -105,7 +127,7 @@ def flatten_call(interface: Interface, args: tuple[Any, ...], kwargs: dict[str, 
     """Leaves of a call in placeholder order.
 
     Raises:
-        InputError: The call's structure, a dtype or a fixed size differs from the traced one.
+        InputError: The call's structure, or an input that is no tensor, differs from the traced one.
     """
     leaves, spec = tree_flatten((args, kwargs))
     if spec != interface.in_spec and len(args) <= len(interface.names):
@@ -121,6 +143,13 @@ def flatten_call(interface: Interface, args: tuple[Any, ...], kwargs: dict[str, 
             f"the call has structure {spec}, but the model was traced with {interface.in_spec} "
             f"(inputs: {', '.join(interface.names)}); call it with that structure or trace it again"
         )
+    for given, traced in zip(leaves, interface.leaves, strict=True):
+        tensors = isinstance(given, torch.Tensor), isinstance(traced, torch.Tensor)
+        if tensors[0] != tensors[1] or (not any(tensors) and given != traced):
+            raise InputError(
+                f"an input is {given!r} where the model was traced with {traced!r}, and what is no tensor is fixed: "
+                "call it with that value or trace it again"
+            )
     return leaves
 
 
@@ -177,21 +206,42 @@ def _check_devices(model: nn.Module, labels: tuple[str, ...], leaves: list[Any])
 def _batch_dims(leaves: list[Any], batch_dim: int | None) -> dict[int, int]:
     if batch_dim is None:
         return {}
-    tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and leaf.dim() > batch_dim}
-    if not tensors:
-        return {}
-    size = next(iter(tensors.values())).shape[batch_dim]
-    return {i: batch_dim for i, leaf in tensors.items() if leaf.shape[batch_dim] == size}
+    if not isinstance(batch_dim, int):
+        raise InputError(f"batch_dim is {batch_dim!r}: give the number of a dim, or None for a fixed batch")
+    least = batch_dim + 1 if batch_dim >= 0 else -batch_dim
+    tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
+    batched = {i: leaf for i, leaf in tensors.items() if leaf.dim() >= least}
+    if not batched:
+        ranks = ", ".join(str(leaf.dim()) for leaf in tensors.values())
+        if max(leaf.dim() for leaf in tensors.values()) == 0:
+            return {}
+        raise InputError(
+            f"no example input has a dim {batch_dim} (ranks: {ranks}): give another batch_dim, or None for a fixed "
+            "batch"
+        )
+    size = next(iter(batched.values())).shape[batch_dim]
+    return {i: batch_dim % leaf.dim() for i, leaf in batched.items() if leaf.shape[batch_dim] == size}
 
 
-def _leaves_of(name: str, labels: tuple[str, ...], leaves: list[Any], dims: Sequence[int]) -> list[int]:
+def _leaves_of(
+    name: str, labels: tuple[str, ...], leaves: list[Any], dims: Sequence[int], batch: Mapping[int, int]
+) -> list[int]:
     found = [i for i, label in enumerate(labels) if label == name or label.startswith((name + "[", name + "."))]
     if not found:
         raise InputError(f"dynamic names the input {name!r}, which does not exist; inputs: {', '.join(labels)}")
+    if not isinstance(dims, Sequence) or not all(isinstance(dim, int) for dim in dims):
+        raise InputError(
+            f"dynamic gives {dims!r} for input {name!r}: give a tuple of dims, for example {{{name!r}: (1,)}}"
+        )
     for index in found:
         leaf = leaves[index]
         rank = leaf.dim() if isinstance(leaf, torch.Tensor) else 0
         for dim in dims:
             if not -rank <= dim < rank:
                 raise InputError(f"dynamic names dim {dim} of input {name!r}, which has {rank} dims")
+            if leaf.shape[dim] == 1 and batch.get(index) != dim % rank:
+                raise InputError(
+                    f"dynamic names dim {dim} of input {name!r}, but it has size 1 in the example, which models treat "
+                    "as a constant: give an example with 2 or more there"
+                )
     return found

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn.modules.module import register_module_forward_hook
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from fxcompress.errors import CaptureError, FxCompressError, InputError, VerificationError
-from fxcompress.ir.program import Diagnostic, Program
+from fxcompress.ir.emit import with_signature
+from fxcompress.ir.program import Diagnostic, Interface, Program
 from fxcompress.tracing.inputs import prepare, split_call
 from fxcompress.tracing.tracer import capture, check_weights
-from fxcompress.tracing.untouched import borrowed, seeded
+from fxcompress.tracing.untouched import borrowed, kept_state, seeded
 from fxcompress.verification.numerics import compare_outputs, rounding_tolerance
 
 logger = logging.getLogger(__name__)
@@ -47,9 +48,11 @@ class PartialProgram:
 
     def emit(self) -> nn.Module:
         """A copy of the model, in eval mode, with every island replaced by its trainable ``GraphModule``."""
-        host = copy.deepcopy(self.model).eval()
+        copies: dict[int, Any] = {}  # one for all, so that weights tied across islands stay tied
+        host = copy.deepcopy(self.model, copies).eval()
         for path, island in self.islands.items():
-            _put(host, path, _with_attributes(island.emit(), host.get_submodule(path)))
+            emitted = with_signature(island, lambda tensor: copy.deepcopy(tensor, copies))
+            _put(host, path, _with_attributes(emitted, host.get_submodule(path)))
         return host
 
     def with_islands(self, islands: Mapping[str, Program]) -> PartialProgram:
@@ -97,17 +100,31 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
+    @property
+    def form(self) -> Any:
+        """What an island cannot change from call to call: structure, ranks, dtypes, and values that are no tensors."""
+        leaves, spec = tree_flatten((self.args, self.kwargs))
+        return spec, [(v.dim(), v.dtype) if isinstance(v, torch.Tensor) else v for v in leaves]
 
-def _record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[nn.Module, _Call], Any]:
-    """First call of every submodule in a real forward. A global hook leaves the model's own hooks alone."""
-    calls: dict[nn.Module, _Call] = {}
+
+def _record(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[dict[nn.Module, _Call | None], Any]:
+    """The call of every submodule in a real forward, ``None`` where calls differ in form.
+
+    A global hook leaves the model's own hooks alone.
+    """
+    calls: dict[nn.Module, _Call | None] = {}
 
     def note(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        calls.setdefault(module, _Call(given, named))
+        call = _Call(given, named)
+        first = calls.setdefault(module, call)
+        if first is not None and first.form != call.form:
+            calls[module] = None
 
     handle = register_module_forward_hook(note, with_kwargs=True)
     try:
-        with torch.no_grad(), seeded():
+        with torch.no_grad(), seeded(), kept_state(model):
             return calls, model(*args, **kwargs)
     except Exception as error:
         raise InputError(f"{type(model).__name__} itself fails on the example inputs: {error}") from error
@@ -116,7 +133,11 @@ def _record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _explore(
-    module: nn.Module, path: str, calls: Mapping[nn.Module, _Call], islands: dict[str, Program], left: list[Diagnostic]
+    module: nn.Module,
+    path: str,
+    calls: Mapping[nn.Module, _Call | None],
+    islands: dict[str, Program],
+    left: list[Diagnostic],
 ) -> None:
     """Captures ``module`` if it can be; otherwise tries its children."""
     if not any(True for _ in module.parameters()):
@@ -132,10 +153,34 @@ def _explore(
         _explore(child, f"{path}.{name}".lstrip("."), calls, islands, left)
 
 
-def _capture(module: nn.Module, call: _Call) -> Program:
+def _capture(module: nn.Module, call: _Call | None) -> Program:
+    if call is None:
+        raise CaptureError(
+            f"{type(module).__name__} is called in more than one way: structure, rank, dtype or a value that is no "
+            "tensor differs from call to call"
+        )
     inputs = prepare(module, (call.args, call.kwargs))
     dims = {i: tuple(range(leaf.dim())) for i, leaf in enumerate(inputs.leaves) if isinstance(leaf, torch.Tensor)}
-    return capture(module, replace(inputs, dynamic=dims, constrained=True))
+    program = capture(module, replace(inputs, dynamic=dims, constrained=True))
+    if any(diagnostic.code == "output-dropped" for diagnostic in program.diagnostics):
+        raise CaptureError(f"{type(module).__name__} gives objects that the code around it may need")
+    program.interface = _as_found(program)
+    return program
+
+
+def _as_found(program: Program) -> Interface:
+    """The interface with the dims that stayed dynamic: a second export is asked for no others."""
+    values = [node.meta.get("val") for node in program.nodes if node.op == "placeholder"]
+    sizes = {index: value.shape for index, value in enumerate(values) if isinstance(value, torch.Tensor)}
+    found = {index: tuple(dim for dim, size in enumerate(shape) if _may_change(size)) for index, shape in sizes.items()}
+    dynamic = {index: dims for index, dims in found.items() if dims}
+    batch = {index: dim for index, dim in program.interface.batch.items() if dim in dynamic.get(index, ())}
+    return replace(program.interface, dynamic=dynamic, batch=batch)
+
+
+def _may_change(size: Any) -> bool:
+    """Whether a size is still a symbol; what the weights fix is one that stands for a number."""
+    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
 
 
 def _put(root: nn.Module, path: str, module: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -59,7 +60,31 @@ def normalize(graph_module: fx.GraphModule) -> None:
         if replacement is not None and replacement is not node:
             node.replace_all_uses_with(replacement)
             graph.erase_node(node)
+    _share_sizes(graph)
     eliminate_dead(graph)
+
+
+def _share_sizes(graph: fx.Graph) -> None:
+    """A size that an input has is read from that input, once."""
+    known: dict[Any, tuple[fx.Node, int]] = {}
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in inputs:
+        val = node.meta.get("val")
+        shape: tuple[Any, ...] = tuple(val.shape) if isinstance(val, torch.Tensor) else ()
+        for dim, size in enumerate(shape):
+            if isinstance(size, torch.SymInt):
+                known.setdefault(size.node.expr, (node, dim))
+    reads: dict[Any, fx.Node] = {}
+    for node in graph.find_nodes(op="call_function", target=aten.sym_size.int):
+        size = node.meta["val"]
+        expression = size.node.expr if isinstance(size, torch.SymInt) else None
+        if expression not in known:
+            continue
+        if expression not in reads:
+            with graph.inserting_after(next(reversed([*inputs, *reads.values()]))):
+                reads[expression] = graph.call_function(aten.sym_size.int, known[expression])
+            reads[expression].meta = dict(node.meta)
+        node.replace_all_uses_with(reads[expression])
 
 
 def _replacement(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
@@ -125,19 +150,48 @@ def _dropout(graph: fx.Graph, node: fx.Node, call: dict[str, Any]) -> fx.Node | 
 
 
 def _filled(value: float | None) -> Rule:
-    """A tensor made in the shape of another is a constant when that shape is."""
+    """A new tensor of one value is ``full``, of whatever tensor it takes the shape, dtype or device."""
 
     def rule(graph: fx.Graph, node: fx.Node, call: dict[str, Any]) -> fx.Node | None:
         val = node.meta["val"]
-        if any(isinstance(size, torch.SymInt) for size in val.shape):
-            return None
+        size = call.get("size")
+        if size is None:
+            if any(isinstance(length, torch.SymInt) for length in val.shape):
+                return None  # the shape of a tensor that is there says it best
+            size = list(val.shape)
         fill = call["fill_value"] if value is None else value
         fill = bool(fill) if val.dtype is torch.bool and not isinstance(fill, fx.Node) else fill
-        return graph.call_function(
-            aten.full.default, (list(val.shape), fill), {"dtype": val.dtype, "device": val.device}
-        )
+        return graph.call_function(aten.full.default, (size, fill), {"dtype": val.dtype, "device": val.device})
 
     return rule
+
+
+def _numel(graph: fx.Graph, node: fx.Node, call: dict[str, Any]) -> fx.Node | None:
+    """The number of elements is the product of the sizes."""
+    known = 1
+    product: fx.Node | None = None
+    for size, value in zip(sizes(graph, call["self"]), call["self"].meta["val"].shape, strict=True):
+        if not isinstance(size, fx.Node):
+            known *= size
+        elif product is None:
+            product = size
+        else:
+            total = product.meta["val"] * value
+            product = graph.call_function(operator.mul, (product, size))
+            product.meta["val"] = total
+    if product is None or known == 1:
+        return product
+    made = graph.call_function(operator.mul, (product, known))
+    made.meta["val"] = node.meta["val"]
+    return made
+
+
+def _slice_scatter(graph: fx.Graph, node: fx.Node, call: dict[str, Any]) -> fx.Node | None:
+    """A write over everything leaves nothing of what was there."""
+    start, end = call["start"], call["end"]
+    whole = (start is None or start == 0) and (end is None or (isinstance(end, int) and end > _INT_MAX))
+    same = call["src"].meta["val"].dtype == call["self"].meta["val"].dtype
+    return call["src"] if whole and call["step"] == 1 and same else None
 
 
 def _add_zero(graph: fx.Graph, node: fx.Node, call: dict[str, Any]) -> fx.Node | None:
@@ -164,6 +218,11 @@ _RULES: dict[OpOverload, Rule] = {
     aten.feature_dropout.default: _dropout,
     aten.alpha_dropout.default: _dropout,
     aten.add.Tensor: _add_zero,
+    aten.sym_numel.default: _numel,
+    aten.slice_scatter.default: _slice_scatter,
+    aten.zeros.default: _filled(0),
+    aten.ones.default: _filled(1),
+    aten.empty.memory_format: _filled(0),
     aten.new_zeros.default: _filled(0),
     aten.new_ones.default: _filled(1),
     aten.new_full.default: _filled(None),

@@ -28,8 +28,8 @@ def random_draws(graph: fx.Graph) -> list[Diagnostic]:
     return [
         Diagnostic(
             "random",
-            f"{node.target} draws random numbers also in eval mode{_place(node)}: outputs differ from call to call, and "
-            "checks run with a fixed seed; pass the random tensor as an input for results that repeat",
+            f"{node.target} draws random numbers also in eval mode{_place(node)}: outputs differ from call to call, "
+            "and checks run with a fixed seed; pass the random tensor as an input for results that repeat",
         )
         for node in graph.nodes
         if draws(node)

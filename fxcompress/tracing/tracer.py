@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
 from torch.fx.node import map_arg
+from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_flatten
 
-from fxcompress.errors import InputError
+from fxcompress.errors import CaptureError, InputError, VerificationError
 from fxcompress.ir.constants import fold_constants
 from fxcompress.ir.dead_code import drop_unread_state, eliminate_dead
 from fxcompress.ir.ops import set_state, state_read
-from fxcompress.ir.program import Program
+from fxcompress.ir.program import Diagnostic, Program
 from fxcompress.tracing.capture import aliases as state_aliases
 from fxcompress.tracing.capture import export, lift
 from fxcompress.tracing.functionalize import functionalize
@@ -25,8 +28,9 @@ from fxcompress.tracing.inputs import Dynamic, ExampleInputs, prepare
 from fxcompress.tracing.normalize import normalize
 from fxcompress.tracing.outputs import plain_outputs
 from fxcompress.tracing.raising import Aliases, Origin, raise_layers
-from fxcompress.tracing.training_only import dropped_state, training_only
-from fxcompress.tracing.untouched import borrowed, seeded
+from fxcompress.tracing.randomness import random_draws
+from fxcompress.tracing.training_only import dropped_state, listing, training_only
+from fxcompress.tracing.untouched import borrowed, kept_state, seeded
 
 logger = logging.getLogger(__name__)
 
@@ -68,15 +72,26 @@ def trace(
 
 def capture(model: nn.Module, inputs: ExampleInputs) -> Program:
     """The verified Program of a model for canonical example inputs; raises what :func:`trace` raises."""
+    _check_code(model)
     check_weights(model)
-    with borrowed(model), plain_outputs(model) as dropped:
+    with plain_outputs(model) as dropped, borrowed(model) as loan:
         reference = run_model(model, inputs)
+        if dropped and not any(isinstance(leaf, torch.Tensor) for leaf in tree_flatten(reference)[0]):
+            raise CaptureError(f"{type(model).__name__} gives no tensor: {dropped[0].message}")
+        changed = loan.changed()
+        loan.forget_cached()
         started = time.perf_counter()
         exported = export(model, inputs)
         captured = time.perf_counter()
+        loan.forget_cached()
+        inputs = inputs.settled(_input_values(exported))
         program = lower(exported, inputs, Origin.of(model), type(model).__name__)
-        program.diagnostics += [*dropped, *training_only(model, program.graph)]
-        _verify(program, model, reference)
+        random = random_draws(program.graph)
+        program.diagnostics += [*dropped, *training_only(model, program.graph), *random]
+        try:
+            _verify(program, model, reference)
+        except VerificationError as error:
+            raise _impure(program, changed, random) or error from error
     logger.info(
         "traced %s: torch.export %.2f s, normalise + raise + verify %.2f s",
         type(model).__name__,
@@ -116,18 +131,44 @@ def _from_exported(exported: ExportedProgram, example_inputs: Any) -> Program:
 
 
 def _input_values(exported: ExportedProgram) -> list[Any]:
-    users = set(exported.graph_signature.user_inputs)
+    users = {spec.arg.name for spec in exported.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT}
     return [n.meta.get("val") for n in exported.graph.nodes if n.op == "placeholder" and n.name in users]
 
 
+def _impure(program: Program, changed: list[str], random: list[Diagnostic]) -> CaptureError | None:
+    """Why a model gives another output for the same inputs, if the model itself is the reason."""
+    if changed:
+        return CaptureError(
+            f"{program.name} changes its own attributes in forward ({listing(changed)}) and its output depends on "
+            "them; a Program is a pure function: pass them as inputs, or use fxcompress.trace_islands"
+        )
+    if random:
+        return CaptureError(
+            f"{program.name} is random in eval mode and cannot be compared with its Program: {random[0].message}"
+        )
+    return None
+
+
 def check_weights(model: nn.Module) -> None:
-    """Raises :class:`InputError` if a weight is NaN or infinite."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    """Raises :class:`InputError` for a weight that is NaN or infinite, or not there yet."""
+    for name, tensor in model.named_parameters():
+        if isinstance(tensor, UninitializedParameter):
+            raise InputError(f"parameter {name!r} of a lazy module has no shape yet: run the model once before tracing")
         if tensor.is_meta or not tensor.is_floating_point() or tensor.is_sparse:
             continue
-        if isinstance(tensor, nn.Parameter) and not bool(torch.isfinite(tensor).all()):
+        if not bool(torch.isfinite(tensor).all()):
             raise InputError(
                 f"parameter {name!r} holds NaN or Inf: what it computes cannot be compared; load good weights first"
+            )
+
+
+def _check_code(model: nn.Module) -> None:
+    """Raises :class:`InputError` for modules that are not Python code."""
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise InputError(
+                f"{path or 'the model'} is a TorchScript module ({module.original_name}), whose code cannot be read; "
+                "give the Python module it was made from"
             )
 
 
@@ -138,7 +179,8 @@ def run_model(model: nn.Module, inputs: ExampleInputs) -> Any:
     with torch.no_grad(), seeded():
         try:
             args, kwargs = inputs.fresh()
-            output = model(*args, **kwargs)
+            with kept_state(model) as written:
+                output = model(*args, **kwargs)
         except Exception as error:
             shapes = ", ".join(
                 f"{label}: {leaf.dtype} {tuple(leaf.shape)}" if isinstance(leaf, torch.Tensor) else f"{label}: {leaf!r}"
@@ -148,6 +190,11 @@ def run_model(model: nn.Module, inputs: ExampleInputs) -> Any:
                 f"{type(model).__name__} itself fails on the example inputs ({shapes}): {type(error).__name__}: "
                 f"{next(iter(str(error).strip().splitlines()), '')}. Pass inputs that the model accepts"
             ) from error
+    if written:
+        raise CaptureError(
+            f"{type(model).__name__} writes into its own state in eval mode ({listing(written)}); a Program is a pure "
+            "function: pass the state as an input, or use fxcompress.trace_islands"
+        )
     for leaf in tree_flatten(output)[0]:
         if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and bool(torch.isnan(leaf).any()):
             raise InputError(
@@ -177,7 +224,7 @@ def _renamed(graph: fx.Graph) -> fx.Graph:
     """The same graph with node names that follow from what each node does, not from how it was captured."""
     renamed = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
+    for node in _reads_at_first_use(graph):
         args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
         if node.op in ("placeholder", "output"):
             name = node.name
@@ -188,6 +235,19 @@ def _renamed(graph: fx.Graph) -> fx.Graph:
         values[node] = renamed.create_node(node.op, node.target, args, kwargs, name=name)
         values[node].meta = node.meta
     return renamed
+
+
+def _reads_at_first_use(graph: fx.Graph) -> Iterator[fx.Node]:
+    """The nodes in order, with each read of state right before the first node that uses it."""
+    pending = set(graph.find_nodes(op="get_attr"))
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            continue
+        for operand in node.all_input_nodes:
+            if operand in pending:
+                pending.remove(operand)
+                yield operand
+        yield node
 
 
 def _settle_state(graph_module: fx.GraphModule, names: Aliases, origin: Origin) -> list[str]:

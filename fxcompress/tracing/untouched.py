@@ -36,15 +36,31 @@ class Loan:
                 self._remember(value.values() if isinstance(value, dict) else value)
 
     def changed(self) -> list[str]:
-        """Names of the attributes that are not what they were, submodules and modes left out."""
-        found = []
+        """Names of the attributes, parameters and buffers that are not what they were."""
+        found: list[str] = []
         for path, module in self._paths.items():
             before = self._attributes[path]
-            for name, value in module.__dict__.items():
-                moved = value is not before.get(name, found) or _differs(*self._contents.get(id(value), (None, None)))
-                if moved and not name.startswith("_") and name != "training":
-                    found.append(f"{path}.{name}".lstrip("."))
+            names = [name for name, value in module.__dict__.items() if self._moved(value, before.get(name, found))]
+            for table in (module._parameters, module._buffers):
+                old = self._contents[id(table)][1]
+                names += [name for name, value in table.items() if value is not old.get(name, found)]
+            found += [f"{path}.{name}".lstrip(".") for name in names if not name.startswith("_") and name != "training"]
         return found
+
+    def _moved(self, value: Any, before: Any) -> bool:
+        return value is not before or _differs(*self._contents.get(id(value), (None, None)))
+
+    def forget_cached(self) -> None:
+        """Drops tensors that a forward put where there was nothing, so that the next computes them again.
+
+        A cached tensor would enter the graph as a constant. What a forward replaced (a counter, a buffer) stays: the
+        model depends on it, and verification shall see that.
+        """
+        for path, module in self._paths.items():
+            _drop_new_tensors(module.__dict__, self._attributes[path])
+        for container, content in self._contents.values():
+            if isinstance(container, dict):
+                _drop_new_tensors(container, content)
 
     def give_back(self) -> None:
         """Puts every attribute, container and mode back."""
@@ -57,6 +73,14 @@ class Loan:
                 (container.update if isinstance(container, (dict, set)) else container.extend)(content)
         for module, mode in self._modes:
             module.training = mode
+
+
+def _drop_new_tensors(table: dict[Any, Any], before: Mapping[Any, Any]) -> None:
+    for name in [name for name, value in table.items() if isinstance(value, torch.Tensor) and before.get(name) is None]:
+        if name in before:
+            table[name] = None
+        else:
+            del table[name]
 
 
 @contextmanager
@@ -88,11 +112,11 @@ def _differs(left: Any, right: Any) -> bool:
     return any(a is not b for a, b in zip(left, right, strict=True))
 
 
-class StateKeeper(TorchDispatchMode):
+class StateKeeper(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While it is active, whatever an operation is about to write into a model's state is saved first."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._names: dict[int, str] = {}
         self._saved: dict[str, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
         for path, module in model.named_modules():
@@ -118,7 +142,7 @@ class StateKeeper(TorchDispatchMode):
         storage = target.untyped_storage()
         name = self._names.pop(storage._cdata, None)
         if name is not None:
-            self._saved[name] = (storage, storage.clone())
+            self._saved[name] = (storage, storage.clone())  # type: ignore[no-untyped-call]
 
     def restore(self) -> list[str]:
         """Writes back what was saved and has changed; gives the names of that state."""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
-from fxcompress.errors import VerificationError
+from fxcompress.errors import CaptureError, VerificationError
 from fxcompress.ir.program import Interface, Program
 from fxcompress.tracing.untouched import seeded
 from fxcompress.verification.widened import widened
@@ -105,16 +105,23 @@ def check_against_model(program: Program, model: nn.Module, reference: Any) -> N
         reference: The model's output on the example inputs.
 
     Raises:
+        CaptureError: The model itself fails at the other batch.
         VerificationError: Outputs differ by more than the rounding of their dtype.
     """
     interface = program.interface
     _check_rounding(program, interface.leaves, reference, "the traced batch")
-    rows = interface.batch_size
+    rows = interface.other_batch
     if rows is not None:
-        args, kwargs = interface.resized(rows + 1)
+        args, kwargs = interface.resized(rows)
         with torch.no_grad(), seeded():
-            other = model(*args, **kwargs)
-        _check_rounding(program, tree_flatten(interface.resized(rows + 1))[0], other, f"batch {rows + 1}")
+            try:
+                other = model(*args, **kwargs)
+            except Exception as error:
+                raise CaptureError(
+                    f"{program.name} runs on the example inputs but fails at batch {rows}: {type(error).__name__}: "
+                    f"{error}. Pass batch_dim=None for a fixed batch, or inputs that share no accidental size"
+                ) from error
+        _check_rounding(program, tree_flatten(interface.resized(rows))[0], other, f"batch {rows}")
 
 
 def _check_rounding(program: Program, leaves: list[Any], reference: Any, where: str) -> None:
@@ -144,10 +151,10 @@ def _run(program: Program, leaves: list[Any]) -> list[Any]:
 
 
 def _input_sets(interface: Interface) -> list[list[Any]]:
-    rows = interface.batch_size
+    rows = interface.other_batch
     sets = [interface.leaves]
     if rows is not None:
-        sets.append(tree_flatten(interface.resized(rows + 1))[0])
+        sets.append(tree_flatten(interface.resized(rows))[0])
     return sets
 
 

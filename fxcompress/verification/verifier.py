@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator
 from itertools import islice
 
@@ -13,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fxcompress.errors import VerificationError
 from fxcompress.ir.layers import layer_of
-from fxcompress.ir.ops import get_state
+from fxcompress.ir.ops import get_state, is_operation
 from fxcompress.ir.program import Program
 from fxcompress.tracing.functionalize import is_mutating
 from fxcompress.tracing.normalize import ASSERTIONS
@@ -69,21 +68,8 @@ def known_operations(program: Program) -> Iterator[str]:
     for node in program.nodes:
         if node.op == "call_method":
             yield f"{node.name} calls the method {node.target!r}; write the ATen overload"
-        elif node.op == "call_function" and not isinstance(node.target, OpOverload) and not _is_size_arithmetic(node):
+        elif node.op == "call_function" and not is_operation(node.target):
             yield f"{node.name} calls {node.target!r}, which is no operator overload"
-
-
-def _is_size_arithmetic(node: fx.Node) -> bool:
-    module = getattr(node.target, "__module__", None)
-    return (
-        node.target is operator.getitem
-        or module in ("_operator", "math", "builtins")
-        or (
-            module is not None
-            and module.startswith("torch")
-            and getattr(node.target, "__name__", "").startswith("sym_")
-        )
-    )
 
 
 @rule

@@ -255,6 +255,11 @@ def test_an_output_that_cannot_be_taken_apart_is_left_out_and_listed():
     assert not model._forward_hooks
 
 
+def test_an_output_that_is_nothing_else_is_refused():
+    with pytest.raises(fxc.CaptureError, match="register its class"):
+        fxc.trace(Model(lambda self, x: Cache()), torch.randn(2, 4))
+
+
 def test_structured_inputs():
     class Nested(nn.Module):
         def __init__(self):

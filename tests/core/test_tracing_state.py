@@ -181,3 +181,25 @@ def test_modules_that_cannot_be_read_are_named(model, remedy):
     with pytest.raises(fxc.InputError, match=remedy):
         fxc.trace(model, torch.randn(2, 4))
     assert model.training
+
+
+def test_a_value_cached_by_a_forward_is_computed_in_the_graph():
+    """A bias that is cached on first use must stay computed from its parameter, which would else be left out."""
+
+    class Cached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(4))
+            self.cache = {}
+
+        def forward(self, x):
+            if "bias" not in self.cache:
+                self.cache["bias"] = self.table * 2
+            return x + self.cache["bias"]
+
+    model = Cached().eval()
+    program = fxc.trace(model, torch.randn(2, 4))
+    assert set(program.graph_module.state_dict()) == {"table"}
+    assert model.cache == {}
+    x = torch.randn(3, 4)
+    assert torch.equal(program(x), model(x))
