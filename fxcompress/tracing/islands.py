@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 from fxcompress.errors import CaptureError, FxCompressError, InputError, VerificationError
 from fxcompress.ir.emit import with_signature
-from fxcompress.ir.program import Diagnostic, Interface, Program
+from fxcompress.ir.program import Diagnostic, Program
 from fxcompress.tracing.inputs import prepare, split_call
 from fxcompress.tracing.tracer import capture, check_weights
 from fxcompress.tracing.untouched import borrowed, kept_state, seeded
@@ -164,23 +164,7 @@ def _capture(module: nn.Module, call: _Call | None) -> Program:
     program = capture(module, replace(inputs, dynamic=dims, constrained=True))
     if any(diagnostic.code == "output-dropped" for diagnostic in program.diagnostics):
         raise CaptureError(f"{type(module).__name__} gives objects that the code around it may need")
-    program.interface = _as_found(program)
     return program
-
-
-def _as_found(program: Program) -> Interface:
-    """The interface with the dims that stayed dynamic: a second export is asked for no others."""
-    values = [node.meta.get("val") for node in program.nodes if node.op == "placeholder"]
-    sizes = {index: value.shape for index, value in enumerate(values) if isinstance(value, torch.Tensor)}
-    found = {index: tuple(dim for dim, size in enumerate(shape) if _may_change(size)) for index, shape in sizes.items()}
-    dynamic = {index: dims for index, dims in found.items() if dims}
-    batch = {index: dim for index, dim in program.interface.batch.items() if dim in dynamic.get(index, ())}
-    return replace(program.interface, dynamic=dynamic, batch=batch)
-
-
-def _may_change(size: Any) -> bool:
-    """Whether a size is still a symbol; what the weights fix is one that stands for a number."""
-    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
 
 
 def _put(root: nn.Module, path: str, module: nn.Module) -> None:
