@@ -105,6 +105,7 @@ def prepare(
             model, or ``dynamic`` names an input or dim that does not exist.
     """
     args, kwargs = split_call(example_inputs)
+    kwargs = _in_signature_order(model, kwargs)
     names = _top_level_names(model, args, kwargs)
     with_paths, spec = tree_flatten_with_path((args, kwargs))
     labels = tuple(_label(path, names, len(args)) for path, _ in with_paths)
@@ -151,6 +152,12 @@ def flatten_call(interface: Interface, args: tuple[Any, ...], kwargs: dict[str, 
                 "call it with that value or trace it again"
             )
     return leaves
+
+
+def _in_signature_order(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword inputs in the order of the signature, in which torch.export looks for their dynamic dims."""
+    order = {name: index for index, name in enumerate(inspect.signature(model.forward).parameters)}
+    return dict(sorted(kwargs.items(), key=lambda item: order.get(item[0], len(order))))
 
 
 def _top_level_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
