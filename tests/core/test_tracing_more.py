@@ -50,6 +50,8 @@ CALLS = [
 
 @pytest.mark.parametrize(("args", "kwargs"), CALLS, ids=range(len(CALLS)))
 def test_inputs_that_are_no_tensors_keep_their_place(args, kwargs):
+    if "bias" in kwargs and torch.__version__ < "2.14":
+        pytest.skip("torch.export of 2.13 cannot give a dynamic dim to a tensor that goes into **kwargs")
     model, first = Scaled(), x()
     emitted = fxc.trace(model, ((first, *args), kwargs)).emit()
     assert torch.equal(emitted(first, *args, **kwargs), model(first, *args, **kwargs))
