@@ -31,7 +31,6 @@ class Layer:
         build: Makes the module, on the meta device, from the call's arguments (tensors appear as tensors).
         arguments: Reads the call's non-tensor arguments back from a module.
         extra_state: State of the module that the call does not mention.
-        training: ATen arguments that follow ``module.training``.
         accepts: Whether this row fits the call (rows of one overload differ by rank, for example).
     """
 
@@ -41,7 +40,6 @@ class Layer:
     build: Callable[[Attributes], nn.Module]
     arguments: Callable[[Any], dict[str, Any]]
     extra_state: tuple[str, ...] = ()
-    training: tuple[str, ...] = ()
     accepts: Callable[[Attributes], bool] = lambda call: True
 
 
@@ -127,7 +125,9 @@ def _linear() -> Layer:
     )
 
 
-def _batch_norm(module: type[nn.Module], ranks: tuple[int, ...]) -> Layer:
+def _with_statistics(module: type[nn.Module]) -> Callable[[Attributes], nn.Module]:
+    """Builds a norm that may keep running statistics."""
+
     def build(call: Attributes) -> nn.Module:
         return module(
             call["input"].shape[1],
@@ -138,6 +138,10 @@ def _batch_norm(module: type[nn.Module], ranks: tuple[int, ...]) -> Layer:
             device="meta",
         )
 
+    return build
+
+
+def _batch_norm(module: type[nn.Module], ranks: tuple[int, ...]) -> Layer:
     def arguments(norm: nn.BatchNorm2d) -> dict[str, Any]:
         return {
             "training": norm.training or norm.running_mean is None,
@@ -154,25 +158,14 @@ def _batch_norm(module: type[nn.Module], ranks: tuple[int, ...]) -> Layer:
         module,
         aten.batch_norm.default,
         _NORM_STATE,
-        build,
+        _with_statistics(module),
         arguments,
         extra_state=("num_batches_tracked",),
-        training=("training",),
         accepts=accepts,
     )
 
 
 def _instance_norm(module: type[nn.Module], rank: int) -> Layer:
-    def build(call: Attributes) -> nn.Module:
-        return module(
-            call["input"].shape[1],
-            eps=call["eps"],
-            momentum=call["momentum"],
-            affine=call["weight"] is not None,
-            track_running_stats=call["running_mean"] is not None,
-            device="meta",
-        )
-
     def arguments(norm: nn.InstanceNorm2d) -> dict[str, Any]:
         return {
             "use_input_stats": norm.training or norm.running_mean is None,
@@ -188,10 +181,9 @@ def _instance_norm(module: type[nn.Module], rank: int) -> Layer:
         module,
         aten.instance_norm.default,
         _NORM_STATE,
-        build,
+        _with_statistics(module),
         arguments,
         extra_state=("num_batches_tracked",),
-        training=("use_input_stats",),
         accepts=accepts,
     )
 
@@ -301,7 +293,6 @@ def _dropout(module: type[nn.Module], overload: OpOverload, ranks: tuple[int, ..
         {},
         lambda call: module(p=call["p"]),
         lambda dropout: {"p": dropout.p, "train": dropout.training},
-        training=("train",),
         accepts=lambda call: not call["train"] and (ranks is None or call["input"].dim() in ranks),
     )
 
