@@ -79,9 +79,16 @@ def invalidate(program: Program, preserved: Collection[str]) -> None:
     program._analyses = {key: value for key, value in program._analyses.items() if key.name in preserved}
 
 
+def latest(program: Program, name: str) -> Any | None:
+    """The value of the analysis of that name that was asked for last, or ``None`` if none is cached."""
+    found = [cached.value for key, cached in program._analyses.items() if key.name == name]
+    return found[-1] if found else None
+
+
 def _analyze(program: Program, analysis: Analysis[Any], task: Task | None, waiting: tuple[str, ...]) -> Any:
     cached = program._analyses.get(analysis)
     if cached is not None and (task is None or cached.task is task):
+        program._analyses[analysis] = program._analyses.pop(analysis)  # the last one asked for is the last one
         return cached.value
     if analysis.name in waiting:
         raise InputError(f"analyses require each other: {' -> '.join([*waiting, analysis.name])}; break the circle")

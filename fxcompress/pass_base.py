@@ -17,6 +17,7 @@ from fxcompress.pipeline.options import freeze_options
 if TYPE_CHECKING:
     from fxcompress.ir.program import Program
     from fxcompress.task import Task
+    from fxcompress.verification.oracle import Kept
 
 T = TypeVar("T")
 
@@ -98,6 +99,10 @@ class Transform(Pass):
 
     preserves: ClassVar[tuple[str, ...]] = ()
     guarantee: ClassVar[Guarantee]
+
+    def kept(self, before: Program) -> Kept | None:
+        """What stays of each node's value, for a transform that removes parts of them; the oracle then checks it."""
+        return None
 
     @abstractmethod
     def run(self, program: Program, task: Task | None) -> PassResult:

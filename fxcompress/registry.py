@@ -25,10 +25,13 @@ from fxcompress.pipeline.options import Option, options_of
 GROUP = "fxcompress.passes"
 
 BUILT_IN: Mapping[str, str] = {
+    "channels": "fxcompress.passes.channels.analysis:Channels",
     "cost": "fxcompress.passes.cost:Cost",
     "eliminate-dead": "fxcompress.passes.eliminate_dead:EliminateDead",
     "fold-batchnorm": "fxcompress.passes.fold_batchnorm:FoldBatchnorm",
     "fold-constants": "fxcompress.passes.fold_constants:FoldConstants",
+    "remove-channels": "fxcompress.passes.remove_channels:RemoveChannels",
+    "select-channels": "fxcompress.passes.select_channels:SelectChannels",
 }
 """Pass name -> module and class."""
 

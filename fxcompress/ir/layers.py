@@ -339,3 +339,31 @@ def layer_of(module: nn.Module) -> Layer | None:
         string = isinstance(getattr(module, "padding", None), str)
         rows = [layer for layer in rows if (layer.overload._overloadname == "padding") == string]
     return rows[0] if rows else None
+
+
+def described(module: nn.Module) -> dict[str, object]:
+    """Attributes that follow from the shapes of the state."""
+    weight = getattr(module, "weight", None)
+    if weight is None:
+        return {}
+    shape = tuple(weight.shape)
+    groups = getattr(module, "groups", 1)
+    described: dict[str, object] = {}
+    if getattr(module, "transposed", None) is not None:
+        transposed = bool(module.transposed)
+        described["out_channels"] = shape[1] * groups if transposed else shape[0]
+        described["in_channels"] = shape[0] if transposed else shape[1] * groups
+        described["kernel_size"] = shape[2:]
+    for attribute, value in (
+        ("num_features", shape[0]),
+        ("num_channels", shape[0]),
+        ("normalized_shape", shape),
+        ("num_embeddings", shape[0]),
+        ("embedding_dim", shape[-1]),
+        ("num_parameters", shape[0]),
+        ("out_features", shape[0]),
+        ("in_features", shape[-1]),
+    ):
+        if hasattr(module, attribute):
+            described[attribute] = value
+    return described

@@ -57,6 +57,11 @@ def _signature(overload: OpOverload) -> tuple[tuple[str, Any], ...]:
     return tuple((a.name, a.default_value if a.has_default_value() else None) for a in overload._schema.arguments)
 
 
+def argument_names(overload: OpOverload) -> list[str]:
+    """The names of a call's arguments, in order."""
+    return [name for name, _ in _signature(overload)]
+
+
 def bind(overload: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a call by schema name, with the schema's defaults filled in."""
     signature = _signature(overload)
@@ -117,9 +122,15 @@ def free_name(root: nn.Module, path: str, leaf: str) -> str:
 
 def replace_state(root: nn.Module, old: torch.Tensor, new: torch.Tensor) -> None:
     """Puts ``new`` under every name that ``old`` has: what is tied stays tied."""
+    replace_states(root, {id(old): new})
+
+
+def replace_states(root: nn.Module, successors: Mapping[int, torch.Tensor]) -> None:
+    """Puts new tensors in the places of old ones, given by ``id``: what is tied stays tied."""
     for module in root.modules():
         for table in (module._parameters, module._buffers):
-            for leaf in [leaf for leaf, tensor in table.items() if tensor is old]:
+            for leaf in [leaf for leaf, tensor in table.items() if id(tensor) in successors]:
+                new = successors[id(table[leaf])]
                 set_state(module, leaf, new, persistent=leaf not in module._non_persistent_buffers_set)
 
 

@@ -20,6 +20,7 @@ from fxcompress.pipeline.text import Pipeline
 from fxcompress.task import Task
 from fxcompress.verification import numerics
 from fxcompress.verification.numerics import Comparison
+from fxcompress.verification.oracle import check_removal
 from fxcompress.verification.verifier import verify
 
 logger = logging.getLogger(__name__)
@@ -46,8 +47,8 @@ class Instrument:
 
 
 def default_instruments() -> list[Instrument]:
-    """What a manager uses when it is given no instruments: :class:`Verify`."""
-    return [Verify()]
+    """What a manager uses when it is given no instruments: :class:`Verify` and :class:`Oracle`."""
+    return [Verify(), Oracle()]
 
 
 _Compare = Callable[[Program, Program, Callable[[Program], object]], Comparison]
@@ -88,16 +89,35 @@ class Verify(Instrument):
         if not record.changed:
             return record
         verify(after)
-        if any(getattr(leaf, "is_meta", False) for leaf in before.interface.leaves):
+        if on_meta(before):
             return record
         rewrite = partial(_rewrite, record.item, self._task)
         return replace(record, comparison=_COMPARE[record.item.guarantee](before, after, rewrite))
+
+
+def on_meta(program: Program) -> bool:
+    """Whether a Program has no values to compute with."""
+    return any(getattr(leaf, "is_meta", False) for leaf in program.interface.leaves)
 
 
 def _rewrite(item: Transform, task: Task | None, program: Program) -> None:
     for name in item.requires:
         analyze(program, name, task)
     item.run(program, task)
+
+
+class Oracle(Instrument):
+    """Checks what a transform that removes parts left, against the Program before it with those parts masked.
+
+    Left out on the meta device, where there is nothing to compute with.
+    """
+
+    def after_pass(self, before: Program, after: Program, record: Record) -> Record:
+        if isinstance(record.item, Transform) and record.changed and not on_meta(before):
+            kept = record.item.kept(before)
+            if kept is not None:
+                check_removal(before, after, kept)
+        return record
 
 
 class AnalysisCheck(Instrument):

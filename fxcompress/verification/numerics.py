@@ -49,7 +49,7 @@ def compare(before: Program, after: Program) -> Comparison:
     Raises:
         VerificationError: The outputs differ in number, shape or dtype, or only ``after`` gives NaN.
     """
-    found = [compare_outputs(_run(before, leaves), _run(after, leaves)) for leaves in _input_sets(before.interface)]
+    found = [compare_outputs(run(before, leaves), run(after, leaves)) for leaves in input_sets(before.interface)]
     return worst(found)
 
 
@@ -126,7 +126,7 @@ def check_against_model(program: Program, model: nn.Module, reference: Any) -> N
 
 def _check_rounding(program: Program, leaves: list[Any], reference: Any, where: str) -> None:
     expected = tree_flatten(reference)[0]
-    found = compare_outputs(expected, _run(program, leaves))
+    found = compare_outputs(expected, run(program, leaves))
     allowed = rounding_tolerance(expected)
     if not found.max_rel_error <= allowed:
         raise VerificationError(
@@ -145,12 +145,14 @@ def _floating(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
 
 
-def _run(program: Program, leaves: list[Any]) -> list[Any]:
+def run(program: Program, leaves: list[Any]) -> list[Any]:
+    """The flat outputs of a Program for flat inputs, with random numbers that are the same each time."""
     with torch.no_grad(), seeded():
         return list(program.graph_module(*leaves))
 
 
-def _input_sets(interface: Interface) -> list[list[Any]]:
+def input_sets(interface: Interface) -> list[list[Any]]:
+    """The flat example inputs at their own batch size and, where the batch may change, at another."""
     rows = interface.other_batch
     sets = [interface.leaves]
     if rows is not None:

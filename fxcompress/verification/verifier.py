@@ -11,7 +11,7 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fxcompress.errors import VerificationError
-from fxcompress.ir.layers import layer_of
+from fxcompress.ir.layers import described, layer_of
 from fxcompress.ir.ops import get_state, is_operation
 from fxcompress.ir.program import Program
 from fxcompress.tracing.functionalize import is_mutating
@@ -166,37 +166,9 @@ def _disagreements(module: nn.Module) -> Iterator[str]:
     layer = layer_of(module)
     if layer is None:
         return
-    for attribute, expected in _described(module).items():
+    for attribute, expected in described(module).items():
         if getattr(module, attribute) != expected:
             yield f"{attribute} is {getattr(module, attribute)}, but the weights say {expected}"
-
-
-def _described(module: nn.Module) -> dict[str, object]:
-    """Attributes that follow from the shapes of the state."""
-    weight = getattr(module, "weight", None)
-    if weight is None:
-        return {}
-    shape = tuple(weight.shape)
-    groups = getattr(module, "groups", 1)
-    described: dict[str, object] = {}
-    if getattr(module, "transposed", None) is not None:
-        transposed = bool(module.transposed)
-        described["out_channels"] = shape[1] * groups if transposed else shape[0]
-        described["in_channels"] = shape[0] if transposed else shape[1] * groups
-        described["kernel_size"] = shape[2:]
-    for attribute, value in (
-        ("num_features", shape[0]),
-        ("num_channels", shape[0]),
-        ("normalized_shape", shape),
-        ("num_embeddings", shape[0]),
-        ("embedding_dim", shape[-1]),
-        ("num_parameters", shape[0]),
-        ("out_features", shape[0]),
-        ("in_features", shape[-1]),
-    ):
-        if hasattr(module, attribute):
-            described[attribute] = value
-    return described
 
 
 @rule

@@ -27,6 +27,7 @@ from fxcompress.manager.instruments import (
     AnalysisCheck,
     Dump,
     Instrument,
+    Oracle,
     PrintAfter,
     Timing,
     Verify,
@@ -76,8 +77,8 @@ def test_hooks_are_called_around_the_pipeline_and_each_pass(program):
 
 
 def test_verification_is_the_default():
-    assert [type(instrument) for instrument in default_instruments()] == [Verify]
-    assert [type(instrument) for instrument in PassManager("scale").instruments] == [Verify]
+    assert [type(instrument) for instrument in default_instruments()] == [Verify, Oracle]
+    assert [type(instrument) for instrument in PassManager("scale").instruments] == [Verify, Oracle]
     assert PassManager("scale", []).instruments == ()
 
 

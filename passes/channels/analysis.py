@@ -1,0 +1,122 @@
+"""Channel dependency: which elements of which tensors disappear together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from fxcompress.passes.channels import families
+from fxcompress.passes.channels.groups import ChannelReport, report
+from fxcompress.passes.channels.layout import Algebra, Layout, Sizes, elements, is_position, value_layout
+from fxcompress.passes.channels.permutations import Permutation, permutations
+from fxcompress.passes.channels.rules import Call, rule_of
+from fxcompress.passes.channels.units import Units
+from torch import fx
+from torch._ops import OpOverload
+
+from fxcompress.ir.ops import operation
+from fxcompress.ir.program import Diagnostic, Program
+from fxcompress.pass_base import Analysis
+from fxcompress.task import Task
+
+families.load()
+
+
+@dataclass(frozen=True)
+class Channels(Analysis[ChannelReport]):
+    """Finds what can be removed together: channels, heads, head dims, groups, experts.
+
+    Parameters start with one unit per element of each dim; one rule per operator says which units are one. What reaches
+    inputs, outputs, space, sequence or an operator without a rule stays.
+    """
+
+    name: ClassVar[str] = "channels"
+
+    def run(self, program: Program, task: Task | None) -> ChannelReport:
+        walk = _Walk(program)
+        return report(
+            program,
+            walk.units,
+            {node.name: layout for node, layout in walk.layouts.items() if layout is not None},
+            walk.state,
+            {node.name: permutation for node, permutation in walk.permutations.items()},
+            walk.diagnostics,
+        )
+
+
+class _Walk:
+    """One walk over the graph in execution order."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.units = Units()
+        self.algebra = Algebra(self.units)
+        self.sizes = Sizes()
+        self.layouts: dict[fx.Node, Any] = {}
+        self.diagnostics: list[Diagnostic] = []
+        self.nodes = list(program.nodes)
+        self.permutations = permutations(program.graph, self.sizes)
+        self.state = self._state_layouts()
+        inside = {node for permutation in self.permutations.values() for node in permutation.interior}
+        for index, node in enumerate(self.nodes):
+            self.algebra.cause = index
+            if node not in inside:
+                self.layouts[node] = self._layout(node)
+
+    def _state_layouts(self) -> dict[str, Layout]:
+        root = self.program.graph_module
+        by_tensor: dict[int, Layout] = {}
+        named = (*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False))
+        for _, tensor in named:
+            if id(tensor) not in by_tensor:
+                by_tensor[id(tensor)] = tuple(self.algebra.fresh(size) for size in tensor.shape)
+        return {name: by_tensor[id(tensor)] for name, tensor in named}
+
+    def _layout(self, node: fx.Node) -> Any:
+        if node.op == "output":
+            for value in node.args[0]:  # type: ignore[union-attr]
+                if isinstance(value, fx.Node) and self.layouts.get(value) is not None:
+                    self.algebra.freeze(*self.layouts[value])
+            return None
+        if node in self.permutations:
+            return self._permuted(self.permutations[node])
+        if node.op == "get_attr":
+            return self.state[str(node.target)]
+        call = operation(self.program.graph_module, node)
+        if call is not None:
+            return self._apply(node, call)
+        if node.op == "call_function" and isinstance(self.layouts.get(node.args[0]), list):  # type: ignore[arg-type]
+            return self.layouts[node.args[0]][node.args[1]]  # type: ignore[index]
+        value = node.meta.get("val")
+        return value_layout(value, self.sizes) if isinstance(value, torch.Tensor) else None
+
+    def _apply(self, node: fx.Node, operation_: Any) -> Any:
+        call = Call(operation_, self.algebra, self.sizes, self.layouts, self.state)
+        values = node.meta.get("val")
+        if not isinstance(values, (torch.Tensor, list, tuple)):
+            for layout in call.operands():
+                self.algebra.freeze(*layout)
+            return None
+        found = rule_of(operation_.overload)
+        if found is None:
+            self._barrier(node, operation_.overload, call)
+            return call.barrier()
+        return found(call)
+
+    def _barrier(self, node: fx.Node, overload: OpOverload, call: Call) -> None:
+        self.diagnostics.append(
+            Diagnostic(
+                "unknown-operator",
+                f"{overload} has no dependency rule, so everything that reaches it is kept; register one with "
+                "fxcompress.passes.channels.rules.rule",
+                node.name,
+            )
+        )
+
+    def _permuted(self, permutation: Permutation) -> Layout:
+        layout: Layout = self.layouts[permutation.source]
+        if is_position(layout[permutation.dim]):
+            return layout
+        units = self.algebra.flat(layout[permutation.dim])[permutation.index]
+        return (*layout[: permutation.dim], elements(units), *layout[permutation.dim + 1 :])

@@ -1,0 +1,269 @@
+"""Units: what can be removed, the equalities between them, and the products they turn out to be.
+
+A unit is the smallest thing that can be removed. An *element* (one index of one dim of one tensor) carries a set of
+units and disappears when any of them is removed. An array of ``n`` elements is an ``(n, k)`` int64 array: row ``i`` has
+the units of element ``i``, in up to ``k`` columns, ``NONE`` where there are fewer. An element without units stays.
+
+Operators only state that two arrays disappear together (:meth:`Units.join`). Such an equation between sets of units is
+solved by substitution. Where both sides have one unit a row, the two are merged in a union-find. Otherwise, every pair
+of columns that occur together has a common factor: the connected components of its co-occurrence. Each unit is replaced
+everywhere by the set of its components, so both sides become the same set. That one rule turns the channels of a
+projection into heads x head dims, and the channels of a grouped convolution into groups x channels in a group.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import numpy.typing as npt
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+Array = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+NONE = -1
+"""Fills the columns of elements that carry fewer units than others."""
+
+_FREE = -1
+_WHOLE = -1
+
+
+class Units:
+    """A growing population of units under equations.
+
+    Units are never forgotten: ``resolve`` says what an array's units have become since it was made.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._parent = np.empty(0, np.int64)
+        self._frozen_by = np.empty(0, np.int64)
+        self._parts_row = np.empty(0, np.int64)
+        self._role = np.empty(0, np.int64)
+        self._parts = np.empty((0, 2), np.int64)
+
+    def fresh(self, count: int, role: int = 0) -> Array:
+        """An array of ``count`` elements with one new unit each.
+
+        Args:
+            count: How many.
+            role: 0 for plain channels; the place among the factors of a product otherwise, 1 for the outermost.
+        """
+        first, self.count = self.count, self.count + count
+        if self.count > len(self._parent):
+            self._grow(max(self.count, 2 * len(self._parent), 1024))
+        self._role[first : self.count] = role
+        return np.arange(first, self.count).reshape(-1, 1)
+
+    def role(self, units: Array) -> Array:
+        """The role of each root: the innermost of those that were merged into it."""
+        found: Array = self._role[units]
+        return found
+
+    def _grow(self, capacity: int) -> None:
+        extra = capacity - len(self._parent)
+        self._parent = np.concatenate([self._parent, np.arange(len(self._parent), capacity)])
+        self._frozen_by = np.concatenate([self._frozen_by, np.full(extra, _FREE)])
+        self._parts_row = np.concatenate([self._parts_row, np.full(extra, _WHOLE)])
+        self._role = np.concatenate([self._role, np.zeros(extra, np.int64)])
+
+    def freeze(self, array: Array, cause: int) -> None:
+        """Keeps elements for good; ``cause`` is any number >= 0 that says why, the first given is kept."""
+        roots = self._roots(self._expand(array))
+        roots = roots[roots != NONE]
+        self._frozen_by[roots[self._frozen_by[roots] == _FREE]] = cause
+
+    def cause(self, array: Array) -> Array:
+        """For each element the cause that froze one of its units, -1 where none did."""
+        roots = self._roots(self._expand(array))
+        found: Array = np.where(roots == NONE, _FREE, self._frozen_by[roots]).max(axis=1, initial=_FREE)
+        return found
+
+    def resolve(self, array: Array) -> Array:
+        """What the elements carry by now: roots that can be removed, each once a row."""
+        roots = self._roots(self._expand(array))
+        live = np.where((roots != NONE) & (self._frozen_by[roots] == _FREE), roots, NONE)
+        return _compact(live)
+
+    def _roots(self, array: Array) -> Array:
+        known = array != NONE
+        units = array[known]
+        roots = self._parent[units]
+        while True:
+            above = self._parent[roots]
+            if (above == roots).all():
+                break
+            roots = above
+        self._parent[units] = roots
+        found = array.copy()
+        found[known] = roots
+        return found
+
+    def _expand(self, array: Array) -> Array:
+        """Replaces every unit that became a product by its parts."""
+        while True:
+            roots = self._roots(array)
+            rows = np.where(roots == NONE, _WHOLE, self._parts_row[roots])
+            if (rows == _WHOLE).all():
+                return roots
+            columns = []
+            for column, row in zip(roots.T, rows.T, strict=True):
+                split = row != _WHOLE
+                if not split.any():
+                    columns.append(column[:, None])
+                    continue
+                parts = np.where(split[:, None], self._parts[row], NONE)
+                parts[~split, 0] = column[~split]
+                columns.append(parts)
+            array = _compact(np.concatenate(columns, axis=1))
+
+    def join(self, a: Array, b: Array, cause: int) -> None:
+        """Makes row ``i`` of ``a`` disappear exactly when row ``i`` of ``b`` does.
+
+        Args:
+            a: An array.
+            b: An array as long.
+            cause: Why, for what this freezes.
+        """
+        a, b = self.resolve(a), self.resolve(b)
+        if a.shape == b.shape and (a == b).all():
+            return
+        if a.shape[1] == 0 or b.shape[1] == 0:
+            self.freeze(a, cause)
+            self.freeze(b, cause)
+        elif a.shape[1] == b.shape[1] == 1:
+            self._join_single(a[:, 0], b[:, 0], cause)
+        else:
+            self._join_products(a, b, cause)
+
+    def _join_single(self, a: Array, b: Array, cause: int) -> None:
+        both = (a != NONE) & (b != NONE)
+        self.freeze(np.concatenate([a[~both], b[~both]])[:, None], cause)
+        self._union(a[both], b[both])
+
+    def _union(self, a: Array, b: Array) -> None:
+        a, b = self._roots(a), self._roots(b)
+        differ = a != b
+        if not differ.any():
+            return
+        nodes, labels = _components(a[differ], b[differ])
+        _, first = np.unique(labels, return_index=True)
+        roots = nodes[first][labels]
+        np.maximum.at(self._frozen_by, roots, self._frozen_by[nodes])
+        np.maximum.at(self._role, roots, self._role[nodes])
+        self._parent[nodes] = roots
+
+    def _join_products(self, a: Array, b: Array, cause: int) -> None:
+        lonely = ((a != NONE).any(1)) != ((b != NONE).any(1))
+        if lonely.any():
+            self.freeze(a[lonely], cause)
+            self.freeze(b[lonely], cause)
+            self.join(a, b, cause)
+            return
+        a, b = _without_equal_columns(a, b)
+        if not a.shape[1] or not b.shape[1]:
+            self.freeze(np.concatenate([a, b], axis=1), cause)
+            return
+        if not _one_column_each(a, b):
+            self._collapse(a, b)
+            return
+        parts: dict[tuple[int, int], list[tuple[Array, Array]]] = {}
+        for i, j in product(range(a.shape[1]), range(b.shape[1])):
+            found = self._common_factor(a[:, i], b[:, j])
+            if found is not None:
+                units, labels, on_left = found
+                parts.setdefault((0, i), []).append((units[on_left], labels[on_left]))
+                parts.setdefault((1, j), []).append((units[~on_left], labels[~on_left]))
+        for side, array in enumerate((a, b)):
+            for column in range(array.shape[1]):
+                self._substitute(array[:, column], parts.get((side, column), []), cause)
+
+    def _common_factor(self, a: Array, b: Array) -> tuple[Array, Array, Mask] | None:
+        """Units of both columns, the new unit of each one's component, and whether it is of ``a``.
+
+        ``None`` where all rows are one component: removing it would leave nothing.
+        """
+        both = (a != NONE) & (b != NONE)
+        if not both.any():
+            return None
+        nodes, labels = _components(a[both], b[both])
+        count = int(labels.max()) + 1
+        if count == 1 and both.all():
+            return None
+        new = self.fresh(count)[:, 0]
+        np.maximum.at(self._role, new[labels], self._role[nodes])
+        return nodes, new[labels], np.isin(nodes, a)
+
+    def _substitute(self, column: Array, factors: list[tuple[Array, Array]], cause: int) -> None:
+        units = np.unique(column[column != NONE])
+        table = np.full((len(units), max(len(factors), 1)), NONE)
+        for index, (members, parts) in enumerate(factors):
+            table[np.searchsorted(units, members), index] = parts
+        counts = (table != NONE).sum(1)
+        self.freeze(units[counts == 0][:, None], cause)
+        single = counts == 1
+        self._union(units[single], table[single].max(1, initial=NONE))
+        many = counts > 1
+        if many.any():
+            width = table.shape[1]
+            if width > self._parts.shape[1]:
+                self._parts = np.pad(self._parts, ((0, 0), (0, width - self._parts.shape[1])), constant_values=NONE)
+            rows = np.pad(table[many], ((0, 0), (0, self._parts.shape[1] - width)), constant_values=NONE)
+            self._parts_row[units[many]] = len(self._parts) + np.arange(len(rows))
+            self._parts = np.concatenate([self._parts, rows])
+
+    def _collapse(self, a: Array, b: Array) -> None:
+        """The equation that is always right: all units of a row are one."""
+        rows = np.concatenate([a, b], axis=1)
+        known = rows != NONE
+        first = rows[np.arange(len(rows)), known.argmax(1)]
+        for column in rows.T:
+            both = (column != NONE) & (first != NONE)
+            self._union(first[both], column[both])
+
+
+def _components(a: Array, b: Array) -> tuple[Array, Array]:
+    """Nodes of the graph with edges ``(a[i], b[i])`` in ascending order, and the number of each one's component."""
+    nodes, index = np.unique(np.concatenate([a, b]), return_inverse=True)
+    ends = index.reshape(2, -1)
+    graph = coo_array((np.ones(len(a), np.int8), (ends[0], ends[1])), shape=(len(nodes), len(nodes)))
+    _, labels = connected_components(graph, directed=False)
+    return nodes, labels.astype(np.int64)
+
+
+def _compact(array: Array) -> Array:
+    """Each unit once a row, and no column that is empty."""
+    width = array.shape[1]
+    if width > 1:
+        array = array.copy()
+        for i in range(1, width):
+            repeated = (array[:, i : i + 1] == array[:, :i]).any(1)
+            array[repeated, i] = NONE
+    used = (array != NONE).any(0)
+    return array if used.all() else array[:, used]
+
+
+def _without_equal_columns(a: Array, b: Array) -> tuple[Array, Array]:
+    """Leaves out columns that both sides have.
+
+    Where that leaves nothing on one side and more on the other, what is more may never be removed.
+    """
+    keep_a, keep_b = list(range(a.shape[1])), list(range(b.shape[1]))
+    for i in list(keep_a):
+        same = next((j for j in keep_b if (a[:, i] == b[:, j]).all()), None)
+        if same is not None:
+            keep_a.remove(i)
+            keep_b.remove(same)
+    rest_a, rest_b = a[:, keep_a], b[:, keep_b]
+    if keep_a and keep_b and ((rest_a != NONE).any(1) != (rest_b != NONE).any(1)).any():
+        return a, b
+    return rest_a, rest_b
+
+
+def _one_column_each(a: Array, b: Array) -> bool:
+    """Whether no unit is in two columns, on whichever side: substitution needs that."""
+    found = [np.unique(column[column != NONE]) for array in (a, b) for column in array.T]
+    together = np.concatenate(found)
+    return len(np.unique(together)) == len(together)

@@ -1,0 +1,74 @@
+"""Takes planned channels, heads and groups out of a model (structured pruning, as in arXiv:2301.12900)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from fxcompress.passes.channels.groups import ChannelReport
+from fxcompress.passes.channels.kept import kept_shapes
+from fxcompress.passes.channels.plan import ChannelPlan
+from fxcompress.passes.channels.removal import remove
+from fxcompress.passes.channels.units import Mask
+
+from fxcompress.analysis import latest
+from fxcompress.errors import InputError
+from fxcompress.ir.program import Program
+from fxcompress.pass_base import Guarantee, PassResult, Transform
+from fxcompress.task import Task
+from fxcompress.verification.oracle import Kept
+
+
+@dataclass(frozen=True)
+class RemoveChannels(Transform):
+    """Removes what the last ``select-channels`` chose, or what a plan in a file says.
+
+    Parameters are sliced; sizes, groups, indices and scales that follow from them are rewritten. Whether the result is
+    right is checked against the model before, with the removed elements masked.
+
+    Attributes:
+        plan: JSON file of a plan; none for that of the last select-channels.
+    """
+
+    name: ClassVar[str] = "remove-channels"
+    requires: ClassVar[tuple[str, ...]] = ("channels",)
+    guarantee: ClassVar[Guarantee] = "lossy"
+
+    plan: str | None = None
+
+    def run(self, program: Program, task: Task | None) -> PassResult:
+        report, mask = self._chosen(program)
+        if not mask.any():
+            return PassResult(changed=False, statistics={"removed": 0})
+        before = _parameters(program)
+        remove(program, report, mask)
+        share = 1 - _parameters(program) / before
+        return PassResult(
+            changed=True, statistics={"removed": int(mask.sum()), "% of parameters": round(100 * share, 1)}
+        )
+
+    def kept(self, before: Program) -> Kept:
+        report, mask = self._chosen(before)
+        return kept_shapes(report, mask)
+
+    def _chosen(self, program: Program) -> tuple[ChannelReport, Mask]:
+        plan = _read(self.plan) if self.plan is not None else latest(program, "select-channels")
+        if not isinstance(plan, ChannelPlan):
+            raise InputError("remove-channels needs a plan: put select-channels before it, or give plan=FILE.json")
+        report: ChannelReport = program.analyze("channels")
+        return report, plan.mask(program, report)
+
+
+def _read(path: str) -> ChannelPlan:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the plan {path} cannot be read: {error}") from error
+    return ChannelPlan.from_json(text)
+
+
+def _parameters(program: Program) -> int:
+    tensors: dict[int, torch.Tensor] = {id(p): p for p in program.graph_module.parameters()}
+    return sum(tensor.numel() for tensor in tensors.values())
