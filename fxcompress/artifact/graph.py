@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
@@ -110,14 +111,19 @@ def _infer_values(graph_module: fx.GraphModule, nodes: list[Any], symbols: dict[
     sizes = {name: _symbol(env, name, entry) for name, entry in symbols.items()}
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
     inputs = [_decode_input(entry["value"], sizes, mode, decoder) for entry in nodes if entry["op"] == "placeholder"]
-    with torch.no_grad():
+    with torch.no_grad(), enable_python_dispatcher():  # without it, some operators want numbers for symbolic sizes
         FakeTensorProp(graph_module, mode).propagate_dont_convert_inputs(*inputs)
+
+
+_UNLIKELY = 7919
 
 
 def _symbol(env: ShapeEnv, name: str, entry: Any) -> Any:
     from torch._dynamo.source import ConstantSource  # slow to import, and only loading needs it
 
-    hint = int(entry["hint"])
+    hint = int(entry["hint"]) * _UNLIKELY  # a small hint may equal another size, which would fix the symbol to it
+    if entry["high"] is not None and hint > int(entry["high"]):
+        hint = int(entry["hint"])
     symbol = env.create_symbol(hint, source=ConstantSource(name), dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
     env.constrain_symbol_range(symbol, int(entry["low"]), int_oo if entry["high"] is None else int(entry["high"]))
     return env.create_symintnode(symbol, hint=hint)

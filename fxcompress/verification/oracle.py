@@ -224,9 +224,8 @@ def _variance(masked: _Masked) -> Any:
 
 def _affine(masked: _Masked, x: torch.Tensor, shape: list[int]) -> torch.Tensor:
     weight, bias = (masked.call.arguments.get(name) for name in ("weight", "bias"))
-    for factor in (weight,):
-        if factor is not None:
-            x = x * _tensor(masked, factor).reshape(shape)
+    if weight is not None:
+        x = x * _tensor(masked, weight).reshape(shape)
     return x if bias is None else x + _tensor(masked, bias).reshape(shape)
 
 
@@ -276,6 +275,20 @@ def _group_norm(masked: _Masked) -> Any:
     return _affine(masked, normal, [-1] + [1] * (x.dim() - 2))
 
 
+@_rule(aten.batch_norm.default)
+def _batch_norm(masked: _Masked) -> Any:
+    """Statistics of the operand itself (standardised weights) are taken over what is kept."""
+    dims = [dim for dim in range(masked.x.dim()) if dim != 1]
+    mask = masked.mask(dims)
+    if mask is None or not masked.call["training"]:
+        return None
+    count = masked.count(dims)
+    _, centred = _moments(masked.x, mask, dims, count)
+    variance = centred.square().sum(dims, keepdim=True) / count
+    normal = centred / torch.sqrt(variance + masked.call["eps"])
+    return _affine(masked, normal, [-1] + [1] * (masked.x.dim() - 2))
+
+
 def _refill(value: float, *overloads: Any) -> None:
     """Operators for which a removed element may be replaced by a value that does not count."""
 
@@ -308,5 +321,6 @@ def _attention(masked: _Masked) -> Any:
     given = arguments["attn_mask"]
     if given is not None and given.dtype is torch.bool:
         given = torch.zeros(given.shape, dtype=masked.x.dtype).masked_fill(~given, -math.inf)
+    hidden = hidden.expand(masked.x.shape[-2], -1)
     arguments["attn_mask"] = hidden if given is None else given + hidden
     return aten.scaled_dot_product_attention.default(**arguments)
