@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from fxcompress.passes.channels.criteria import Evidence, criterion_of
 from fxcompress.passes.channels.groups import ChannelReport
-from fxcompress.passes.channels.importance import CRITERIA, importance
 from fxcompress.passes.channels.plan import ChannelPlan, Removal, digest
 
 from fxcompress.errors import InputError
@@ -23,6 +23,8 @@ class SelectChannels(Analysis[ChannelPlan]):
     Attributes:
         ratio: Share of each group's units to remove, from 0 to below 1.
         criterion: How importance is measured.
+        batches: How many of the task's batches a criterion that needs data looks at.
+        seed: Seed of criterion=random and of the order of batches.
     """
 
     name: ClassVar[str] = "select-channels"
@@ -30,20 +32,23 @@ class SelectChannels(Analysis[ChannelPlan]):
 
     ratio: float = 0.5
     criterion: str = "l2"
+    batches: int = 16
+    seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        criterion_of(self.criterion)
         if not 0 <= self.ratio < 1:
             raise InputError(f"ratio must be at least 0 and below 1, not {self.ratio}")
 
     def run(self, program: Program, task: Task | None) -> ChannelPlan:
         report: ChannelReport = program.analyze("channels")
-        score = CRITERIA[self.criterion](program, report, task)
+        scores = criterion_of(self.criterion).measure(Evidence(program, report, task, self.batches, self.seed))
         removals = []
         for index, group in enumerate(report.groups):
             count = min(int(self.ratio * len(group)), len(group) - 1)
             if count > 0:
-                order = np.argsort(importance(program, report, group, score), kind="stable")
+                order = np.argsort(scores[group.units], kind="stable")
                 gone = tuple(sorted(order[:count].tolist()))
                 members = tuple(map(str, group.members))
                 removals.append(Removal(index, group.name, group.factor, len(group), gone, members, self.criterion))

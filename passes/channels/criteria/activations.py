@@ -1,0 +1,184 @@
+"""Criteria that observe what the readers of a channel (convolutions, linear layers, products) are given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from fxcompress.passes.channels.criteria.batches import batches, call_of, isolated, missing
+from fxcompress.passes.channels.criteria.registry import Evidence, criterion
+from fxcompress.passes.channels.criteria.totals import Scores, Totals, carried
+from fxcompress.passes.channels.groups import ChannelReport
+from torch import fx
+
+from fxcompress.ir.ops import Operation, operation
+from fxcompress.ir.program import Program
+
+aten = torch.ops.aten
+
+
+@criterion("activation")
+def activation(evidence: Evidence) -> Scores:
+    """Mean square of a channel's values."""
+    return _observed(evidence, "activation", lambda seen: seen.square)
+
+
+@criterion("variance")
+def variance(evidence: Evidence) -> Scores:
+    """Variance of a channel's values: a constant one can move into the bias after it."""
+    return _observed(evidence, "variance", lambda seen: seen.variance)
+
+
+@criterion("wanda")
+def wanda(evidence: Evidence) -> Scores:
+    """Squared weights of the readers x mean square of the channel (Wanda, arXiv:2306.11695, by channel)."""
+    return _observed(evidence, "wanda", lambda seen: seen.energy * seen.square)
+
+
+@criterion("flap")
+def flap(evidence: Evidence) -> Scores:
+    """Squared weights of the readers x variance of the channel (FLAP, arXiv:2312.11983)."""
+    return _observed(evidence, "flap", lambda seen: seen.energy * seen.variance)
+
+
+@dataclass
+class _Seen:
+    """Moments of the elements of one operand's dim, and the squared weights that read each, summed over batches."""
+
+    count: int = 0
+    sums: Scores = field(default_factory=lambda: np.zeros(1))
+    squares: Scores = field(default_factory=lambda: np.zeros(1))
+    energies: Scores = field(default_factory=lambda: np.zeros(1))
+    calls: int = 0
+
+    def add(self, x: torch.Tensor, dim: int, energy: torch.Tensor) -> None:
+        flat = x.movedim(dim, 0).reshape(x.shape[dim], -1)
+        deviation, mean = torch.var_mean(flat.to(torch.promote_types(x.dtype, torch.float32)), 1, correction=0)
+        rows, centre = flat.shape[1], mean.cpu().double().numpy()
+        self.count += rows
+        self.sums = self.sums + rows * centre
+        self.squares = self.squares + rows * (deviation.cpu().double().numpy() + centre**2)
+        self.energies = self.energies + energy.cpu().double().numpy()
+        self.calls += 1
+
+    @property
+    def energy(self) -> Scores:
+        return self.energies / self.calls
+
+    @property
+    def square(self) -> Scores:
+        return self.squares / self.count
+
+    @property
+    def variance(self) -> Scores:
+        return np.maximum(self.square - (self.sums / self.count) ** 2, 0)
+
+
+def _observed(evidence: Evidence, name: str, score: Callable[[_Seen], Scores]) -> Scores:
+    """Scores by what :class:`_Seen` says of each operand that is contracted over its channels."""
+    task = evidence.task
+    given = None if task is None else task.calibration if task.calibration is not None else task.training
+    if given is None:
+        raise missing(name, "batches", "task=fxcompress.Task(calibration=[...])")
+    program = isolated(evidence.program)
+    observer = _Observer(program, evidence.report)
+    for batch in batches(evidence, name, given):
+        args, kwargs = call_of(evidence, batch)
+        with torch.no_grad():
+            observer.run(*program.flatten_inputs(args, kwargs))
+    totals = Totals(evidence.report)
+    for (node, operand), seen in observer.seen.items():
+        totals.add(observer.units[node, operand], score(seen))
+    return totals.mean()
+
+
+class _Observer(fx.Interpreter):
+    """Runs a graph and keeps the moments of what is contracted over channels."""
+
+    def __init__(self, program: Program, report: ChannelReport) -> None:
+        super().__init__(program.graph_module)
+        self.seen: dict[tuple[str, str], _Seen] = {}
+        self.units: dict[tuple[str, str], Any] = {}
+        self._calls: dict[fx.Node, tuple[Operation, list[str]]] = {}
+        for node in program.nodes:
+            call = operation(program.graph_module, node)
+            if call is not None and call.overload in _READS:
+                self._learn(call, report)
+
+    def _learn(self, call: Operation, report: ChannelReport) -> None:
+        names = []
+        for name, dim in _contracted(call):
+            layout = report.layouts.get(call.operands[name].name)
+            units = None if layout is None else carried(report, layout[dim])
+            if units is not None and units.shape[1]:
+                self.seen[call.node.name, name] = _Seen()
+                self.units[call.node.name, name] = units
+                names.append(name)
+        if names:
+            self._calls[call.node] = (call, names)
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n in self._calls:
+            call, names = self._calls[n]
+            values = {
+                key: self.env[value] if isinstance(value, fx.Node) else value for key, value in call.arguments.items()
+            }
+            for name, dim in _contracted(call):
+                if name in names:
+                    energy = _READS[call.overload][name][1](values)
+                    self.seen[n.name, name].add(values[name], dim, energy)
+        return super().run_node(n)
+
+
+def _contracted(call: Operation) -> Iterator[tuple[str, int]]:
+    for name, (dim, _) in _READS[call.overload].items():
+        if name in call.operands:
+            yield name, dim
+
+
+def _conv(values: dict[str, Any]) -> torch.Tensor:
+    weight: torch.Tensor = values["weight"]
+    taps = weight.square().flatten(2).sum(2)
+    return taps.reshape(values["groups"], -1, weight.shape[1]).sum(1).flatten()
+
+
+def _transposed(values: dict[str, Any]) -> torch.Tensor:
+    weight: torch.Tensor = values["weight"]
+    return weight.square().flatten(1).sum(1)
+
+
+def _linear(values: dict[str, Any]) -> torch.Tensor:
+    weight: torch.Tensor = values["weight"]
+    return weight.square().reshape(-1, weight.shape[-1]).sum(0)
+
+
+def _other(name: str, dim: int) -> Callable[[dict[str, Any]], torch.Tensor]:
+    """The squares of the other operand along a dim: summed over its free dim, as a mean over the batch."""
+
+    def energy(values: dict[str, Any]) -> torch.Tensor:
+        matrices: torch.Tensor = values[name].square().sum(-1 if dim == -2 else -2)
+        return matrices.reshape(-1, matrices.shape[-1]).mean(0)
+
+    return energy
+
+
+_Energy = Callable[[dict[str, Any]], torch.Tensor]
+_READS: dict[Any, dict[str, tuple[int, _Energy]]] = {
+    aten.conv1d.default: {"input": (-2, _conv)},
+    aten.conv1d.padding: {"input": (-2, _conv)},
+    aten.conv2d.default: {"input": (-3, _conv)},
+    aten.conv2d.padding: {"input": (-3, _conv)},
+    aten.conv3d.default: {"input": (-4, _conv)},
+    aten.conv3d.padding: {"input": (-4, _conv)},
+    aten.conv_transpose1d.default: {"input": (-2, _transposed)},
+    aten.conv_transpose2d.input: {"input": (-3, _transposed)},
+    aten.conv_transpose3d.input: {"input": (-4, _transposed)},
+    aten.linear.default: {"input": (-1, _linear)},
+    aten.matmul.default: {"self": (-1, _other("other", -2)), "other": (-2, _other("self", -1))},
+    aten.bmm.default: {"self": (-1, _other("mat2", -2)), "mat2": (-2, _other("self", -1))},
+    aten.scaled_dot_product_attention.default: {"query": (-1, _other("key", -1)), "key": (-1, _other("query", -1))},
+}
+"""Overload -> operand -> the dim that it is contracted over, and the squares that each of its elements meets there."""
