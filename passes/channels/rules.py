@@ -120,11 +120,15 @@ class Call:
         return results[0] if isinstance(self.operation.node.meta["val"], torch.Tensor) else results
 
 
-_RULES: dict[OpOverload, Rule] = {}
+_RULES: dict[str, Rule] = {}
 
 
-def rule(*overloads: OpOverload) -> Callable[[Rule], Rule]:
+def rule(*overloads: OpOverload | str) -> Callable[[Rule], Rule]:
     """Registers a function as the rule of some overloads.
+
+    Args:
+        overloads: Overloads, or their names (``mine::scale_channels``) where the library that defines them may not be
+            installed.
 
     Raises:
         InputError: One of them has a rule already.
@@ -132,9 +136,10 @@ def rule(*overloads: OpOverload) -> Callable[[Rule], Rule]:
 
     def register(function: Rule) -> Rule:
         for overload in overloads:
-            if overload in _RULES:
-                raise InputError(f"{overload} has a rule already: {_RULES[overload].__qualname__}")
-            _RULES[overload] = function
+            name = overload if isinstance(overload, str) else overload.name()
+            if name in _RULES:
+                raise InputError(f"{name} has a rule already: {_RULES[name].__qualname__}")
+            _RULES[name] = function
         return function
 
     return register
@@ -142,7 +147,7 @@ def rule(*overloads: OpOverload) -> Callable[[Rule], Rule]:
 
 def rule_of(overload: OpOverload) -> Rule | None:
     """The rule of an overload, ``None`` where it has none."""
-    found = _RULES.get(overload)
+    found = _RULES.get(overload.name())
     if found is None and torch.Tag.pointwise in overload.tags:
         return pointwise
     return found

@@ -140,3 +140,14 @@ def cdist(call: Call) -> Layout:
     a, b = call.layout("x1"), call.layout("x2")
     call.join(a[-1], b[-1])
     return (*broadcast(call.algebra, [a[:-2], b[:-2]]), a[-2], b[-2])
+
+
+@rule("aten::_grouped_mm", "transformers::grouped_mm_fallback")
+def grouped_mm(call: Call) -> Layout:
+    """Rows go through the matrix of their expert ``(experts, inputs, outputs)``; rows choose, so all experts stay."""
+    x, experts = call.operands()[:2]
+    if len(x) != 2 or len(experts) != 3:
+        return call.barrier()  # type: ignore[return-value]
+    call.keep(x[0], experts[0])
+    call.join(x[1], experts[1])
+    return (x[0], experts[2])

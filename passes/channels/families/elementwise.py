@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from fxcompress.passes.channels.layout import Dim, Layout, broadcast
+from fxcompress.passes.channels.layout import Dim, Layout, broadcast, position
 from fxcompress.passes.channels.rules import Call, normalized_dim, pointwise, replaced, rule
 
 aten = torch.ops.aten
@@ -36,6 +36,9 @@ rule(
     aten.logical_and.default,
     aten.logical_or.default,
     aten.floor_divide.default,
+    aten.where.Scalar,
+    aten.where.ScalarOther,
+    aten.where.ScalarSelf,
 )(pointwise)
 
 
@@ -69,6 +72,15 @@ def broadcast_tensors(call: Call) -> list[Layout]:
     """Operands broadcast against each other."""
     layout = broadcast(call.algebra, call.tensors("tensors"))
     return [layout for _ in call.shapes]
+
+
+@rule(aten.diff.default)
+def diff(call: Call) -> Layout:
+    """Neighbours along a dim matter, so it stays."""
+    x = call.layout("self")
+    dim = normalized_dim(call["dim"], len(x))
+    call.keep(x[dim])
+    return replaced(x, {dim: position(call.shape[dim])})
 
 
 @rule(aten.cumsum.default, aten.cumprod.default, aten.flip.default, aten.roll.default)

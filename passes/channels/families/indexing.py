@@ -72,7 +72,7 @@ def scatter(call: Call) -> Layout:
     return call.positions()
 
 
-@rule(aten.one_hot.default, aten.nonzero.default, aten.bincount.default)
+@rule(aten.one_hot.default, aten.nonzero.default, aten.bincount.default, aten.histc.default)
 def numbered(call: Call) -> Layout:
     """Numbers become places."""
     for layout in call.operands():
