@@ -1,23 +1,24 @@
-"""Coverage: traces every model of the zoo and checks what is emitted against the original.
+"""Coverage: every model of the zoo through the checks of capture, or those of channel removal.
 
-One process a model, memory-capped, resumable: results are appended to ``results/coverage.jsonl`` as they come, and
+One process a model, memory-capped, resumable: results are appended to ``results/KIND_coverage.jsonl`` as they come, and
 models that are in it already are skipped. ``--only PATTERN`` narrows the run, ``--again`` runs failures anew.
 
     python benchmarks/coverage.py
+    python benchmarks/coverage.py removal
     python benchmarks/coverage.py --only 'timm:*vit*' --jobs 2
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import fnmatch
+import importlib
 import json
 import logging
 import multiprocessing
 import os
-import pickle
 import resource
+import statistics
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -27,61 +28,65 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "coverage.jsonl"
+RESULTS = HERE / "results"
+KINDS = {"capture": "coverage", "removal": "removal_coverage"}
+"""Kind of checks -> name of its results."""
+
 PRELOADED = ["torch", "torchvision", "timm", "transformers", "networkx", "sympy", "fxcompress", "zoo"]
 MEMORY_GB = 14
 TIMEOUT_S = 900
-OUTPUT_TOLERANCE = 1e-5
-GRADIENT_TOLERANCE = 1e-3
+MACS_TARGET = 0.35
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checks", nargs="?", choices=KINDS, default="capture", help="what to check")
     parser.add_argument("--only", default="*", help="run models whose name matches this pattern")
     parser.add_argument("--jobs", type=int, default=1, help="models at the same time")
     parser.add_argument("--again", action="store_true", help="run models anew that failed before")
     parser.add_argument("--model", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.model:
-        print(json.dumps(examine(options.model)))
+        print(json.dumps(examine(options.model, options.checks)))
         return 0
-    return run_all(options.only, options.jobs, options.again)
+    return run_all(options.checks, options.only, options.jobs, options.again)
 
 
-def run_all(pattern: str, jobs: int, again: bool) -> int:
+def run_all(checks: str, pattern: str, jobs: int, again: bool) -> int:
     import zoo
     from rich.progress import track
 
     wanted = [name for name in zoo.names() if fnmatch.fnmatch(name, pattern)]
-    RESULTS.parent.mkdir(exist_ok=True)
+    log = RESULTS / f"{KINDS[checks]}.jsonl"
+    RESULTS.mkdir(exist_ok=True)
     os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
-    done = {row["model"]: row for row in read_results()}
+    done = {row["model"]: row for row in read_results(log)}
     pending = [name for name in wanted if name not in done or (again and not done[name]["ok"])]
-    with ThreadPoolExecutor(jobs) as pool, RESULTS.open("a") as sink:
-        futures = [pool.submit(in_process, name) for name in pending]
+    with ThreadPoolExecutor(jobs) as pool, log.open("a") as sink:
+        futures = [pool.submit(in_process, name, checks) for name in pending]
         for future in track(as_completed(futures), total=len(futures), description="coverage"):
             row = future.result()
             done[row["model"]] = row
             sink.write(json.dumps(row) + "\n")
             sink.flush()
     rows = [done[name] for name in wanted]
-    summarise(rows)
+    summarise(KINDS[checks], rows)
     return 0 if all(row["ok"] for row in rows) else 1
 
 
-def read_results() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+def read_results(log: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 
-def in_process(name: str) -> dict[str, Any]:
+def in_process(name: str, checks: str) -> dict[str, Any]:
     """Examines one model in a process of its own; a crash or time-out is a result too.
 
     The processes are forked from one that has the libraries imported, which takes longer than many a model.
     """
     context = multiprocessing.get_context("forkserver")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=answer, args=(name, sender), daemon=True)
+    process = context.Process(target=answer, args=(name, checks, sender), daemon=True)
     process.start()
     sender.close()
     try:
@@ -95,10 +100,10 @@ def in_process(name: str) -> dict[str, Any]:
         process.kill()
 
 
-def answer(name: str, sender: Connection) -> None:
+def answer(name: str, checks: str, sender: Connection) -> None:
     """Sends the row of one model; what libraries print is of no use here."""
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        sender.send(examine(name))
+        sender.send(examine(name, checks))
 
 
 class Timings(logging.Handler):
@@ -114,10 +119,12 @@ class Timings(logging.Handler):
             self.rest_s += float(record.args[2])  # type: ignore[arg-type]
 
 
-def examine(name: str) -> dict[str, Any]:
-    """All checks on one model; ``failed`` names the first that does not hold."""
+def examine(name: str, checks: str) -> dict[str, Any]:
+    """All checks of one kind on one model; ``failed`` names the first that does not hold."""
     import torch
     import zoo
+
+    kind = importlib.import_module(f"{checks}_checks")
 
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_GB << 30, MEMORY_GB << 30))
     torch.set_num_threads(1)
@@ -130,9 +137,9 @@ def examine(name: str) -> dict[str, Any]:
     stage = "build"
     try:
         subject = zoo.build(name)
-        checks = _ISLAND_CHECKS if subject.islands else _CHECKS
-        for stage in checks:
-            row.update(checks[stage](subject, row))
+        stages = kind.ISLAND_CHECKS if subject.islands else kind.CHECKS
+        for stage in stages:
+            row.update(stages[stage](subject, row))
         row["ok"] = True
     except Exception as error:
         row["failed"] = f"{stage}: {type(error).__name__}: {str(error)[:600]}"
@@ -144,224 +151,7 @@ def examine(name: str) -> dict[str, Any]:
     return {key: value for key, value in row.items() if not key.startswith("_")}
 
 
-def check_trace(subject: Any, row: dict[str, Any]) -> dict[str, Any]:
-    import fxcompress as fxc
-
-    program = fxc.trace(subject.model, (subject.args, subject.kwargs))
-    emitted = program.emit()
-    return {
-        "_program": program, "_emitted": emitted, "nodes": len(program.graph.nodes),
-        "meta": any(parameter.is_meta for parameter in emitted.parameters()),
-        "batch": program.interface.batch_size,
-    }  # fmt: skip
-
-
-def check_outputs(subject: Any, row: dict[str, Any]) -> dict[str, Any]:
-    """The emitted module gives what the original gives, at the traced batch and at another."""
-    import torch
-
-    if row["meta"]:
-        return {}
-    if row["batch"] is None:
-        raise AssertionError("the batch is not dynamic")
-    errors = []
-    for rows in (row["batch"], row["batch"] + 1):
-        args, kwargs = row["_program"].interface.resized(rows)
-        with torch.no_grad(), mha_fast_path_off():
-            errors.append(difference(subject.model(*args, **kwargs), row["_emitted"](*args, **kwargs)))
-    if max(errors) > OUTPUT_TOLERANCE:
-        raise AssertionError(f"outputs differ by {max(errors):.2e}")
-    return {"error": max(errors)}
-
-
-def check_state(subject: Any, row: dict[str, Any]) -> dict[str, Any]:
-    """Keys are the model's; what no output depends on is dropped and listed."""
-    before, after = set(subject.model.state_dict()), set(row["_emitted"].state_dict())
-    if after - before:
-        raise AssertionError(f"state_dict has new keys: {sorted(after - before)[:3]}")
-    dropped = sorted(before - after)
-    listed = [d for d in row["_program"].diagnostics if d.code == "unused-state"]
-    if dropped and not listed:
-        raise AssertionError(f"dropped without a word: {dropped[:3]}")
-    live = reached_parameters(subject) if dropped and not row["meta"] else set()
-    if live & set(dropped):
-        raise AssertionError(f"dropped, but outputs depend on it: {sorted(live & set(dropped))[:3]}")
-    return {"dropped": len(dropped)}
-
-
-def reached_parameters(subject: Any) -> set[str]:
-    """Parameters that the original's outputs depend on, by its own autograd."""
-    import torch
-
-    model = copy.deepcopy(subject.model)
-    with torch.enable_grad(), mha_fast_path_off():
-        loss(model(*subject.args, **subject.kwargs)).backward()
-    return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-
-
-def check_training(subject: Any, row: dict[str, Any]) -> dict[str, Any]:
-    """One step with batch norm in train mode: same gradients, same moved statistics."""
-    if row["meta"]:
-        return {}
-    original, emitted = copy.deepcopy(subject.model), row["_emitted"]
-    with mha_fast_path_off():
-        for model in (original, emitted):
-            batch_norms_train(model)
-            loss(model(*subject.args, **subject.kwargs)).backward()
-    worst = 0.0
-    theirs = dict(original.named_parameters(remove_duplicate=False))
-    ours = dict(emitted.named_parameters(remove_duplicate=False))
-    scale = max((p.grad.abs().max().item() for p in theirs.values() if p.grad is not None), default=0.0)
-    for key, parameter in ours.items():
-        a, b = theirs[key].grad, parameter.grad
-        if (a is None) != (b is None):
-            raise AssertionError(f"only one of the two has a gradient for {key}")
-        if a is not None and b is not None:
-            own = max(a.abs().max().item(), 1e-4 * scale)
-            worst = max(worst, (a - b).abs().max().item() / own if own else 0.0)
-    if worst > GRADIENT_TOLERANCE:
-        raise AssertionError(f"gradients differ by {worst:.2e}")
-    their_buffers = dict(original.named_buffers(remove_duplicate=False))
-    for key, buffer in emitted.named_buffers(remove_duplicate=False):
-        if key in their_buffers and difference(their_buffers[key], buffer) > GRADIENT_TOLERANCE:
-            raise AssertionError(f"buffer {key} moves differently in training")
-    emitted.eval()
-    return {"gradient_error": worst}
-
-
-def check_again(subject: Any, row: dict[str, Any]) -> dict[str, Any]:
-    """The emitted module deep-copies, pickles and exports again."""
-    import torch
-    from torch.export import Dim, ShapesCollection
-    from torch.utils._pytree import tree_leaves
-
-    emitted = row["_emitted"].eval()
-    if not row["meta"]:
-        args, kwargs = subject.args, subject.kwargs
-        expected = row["_program"](*args, **kwargs)
-        again = copy.deepcopy(emitted) if row["nodes"] % 2 else pickle.loads(pickle.dumps(emitted))
-        with torch.no_grad():
-            again.load_state_dict(row["_program"].graph_module.state_dict())
-            if difference(expected, again(*args, **kwargs)) > OUTPUT_TOLERANCE:
-                raise AssertionError("a copy gives another output")
-    shapes = ShapesCollection()
-    interface = row["_program"].interface
-    leaves = tree_leaves((interface.args, interface.kwargs))
-    for index, dims in interface.dynamic.items():
-        shapes[leaves[index]] = dict.fromkeys(dims, Dim.DYNAMIC)
-    torch.export.export(
-        emitted, interface.args, interface.kwargs,
-        dynamic_shapes=shapes.dynamic_shapes(emitted, interface.args, interface.kwargs),
-    )  # fmt: skip
-    return {}
-
-
-def check_cost(subject: Any, row: dict[str, Any]) -> dict[str, Any]:
-    """MACs agree with torch's own counter, which watches the original run on one row."""
-    import torch
-    from torch.utils._pytree import tree_map
-    from torch.utils.flop_counter import FlopCounterMode
-
-    import fxcompress as fxc
-
-    cost = fxc.analyze(row["_program"], "cost")
-    args, kwargs = row["_program"].interface.resized(1)
-    model = copy.deepcopy(subject.model).requires_grad_(False)  # the counter hooks what has a gradient
-
-    def error() -> tuple[float, float]:
-        with torch.no_grad(), mha_fast_path_off(), FlopCounterMode(display=False) as counter:
-            model(*args, **kwargs)
-        reference = counter.get_total_flops() / 2
-        return abs(cost.macs - reference) / max(reference, 1), reference
-
-    off, reference = error()
-    if off > 1e-3 and not row["meta"]:  # a fused CPU kernel (LSTM) hides its products; on meta it has none
-        model.to("meta")
-        args, kwargs = tree_map(
-            lambda leaf: leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf, (args, kwargs)
-        )
-        off, reference = error()
-    if off > 1e-3:
-        raise AssertionError(f"cost counts {cost.macs:.0f} MACs, torch counts {reference:.0f}")
-    return {"params": cost.params, "macs": cost.macs}
-
-
-def check_islands(subject: Any, row: dict[str, Any]) -> dict[str, Any]:
-    """Captured parts in place of the originals give the same detections, also for other images."""
-    import torch
-
-    import fxcompress as fxc
-
-    partial = fxc.trace_islands(subject.model, (subject.args, subject.kwargs))
-    emitted = partial.emit()
-    others = ([torch.rand(3, 160, 192) for _ in range(3)],)
-    errors = []
-    for args in (subject.args, others):
-        with torch.no_grad():
-            errors.append(difference(subject.model(*args), emitted(*args)))
-    if max(errors) > OUTPUT_TOLERANCE:
-        raise AssertionError(f"outputs differ by {max(errors):.2e}")
-    covered = sum(p.numel() for island in partial.islands.values() for p in island.graph_module.parameters())
-    total = sum(p.numel() for p in subject.model.parameters())
-    if set(emitted.state_dict()) != set(subject.model.state_dict()):
-        raise AssertionError("state_dict keys differ")
-    return {"error": max(errors), "islands": list(partial.islands), "captured_share": round(covered / total, 3)}
-
-
-_CHECKS = {
-    "trace": check_trace, "state": check_state, "outputs": check_outputs, "cost": check_cost,
-    "training": check_training, "again": check_again,
-}  # fmt: skip
-_ISLAND_CHECKS = {"islands": check_islands}
-
-
-def mha_fast_path_off() -> Any:
-    """torch's fused attention is another algorithm; both sides run the plain one."""
-    from contextlib import contextmanager
-
-    import torch
-
-    @contextmanager
-    def off() -> Any:
-        before = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(before)
-
-    return off()
-
-
-def batch_norms_train(model: Any) -> None:
-    from torch import nn
-
-    model.eval()
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.train()
-
-
-def loss(output: Any) -> Any:
-    """The same number of any output structure: mean squares over all floating tensors."""
-    import torch
-    from torch.utils._pytree import tree_leaves
-
-    parts = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
-    return sum(part.clamp(-1e4, 1e4).square().mean() for part in parts if part.requires_grad)
-
-
-def difference(expected: Any, found: Any) -> float:
-    """Largest error relative to the largest value of each output."""
-    from torch.utils._pytree import tree_leaves
-
-    from fxcompress.verification.numerics import compare_outputs
-
-    comparison = compare_outputs(tree_leaves(expected), tree_leaves(found))
-    return 0.0 if comparison.exact else comparison.max_rel_error
-
-
-def summarise(rows: list[dict[str, Any]]) -> None:
+def summarise(results: str, rows: list[dict[str, Any]]) -> None:
     from environment import write_results
     from tabulate import tabulate
 
@@ -377,14 +167,26 @@ def summarise(rows: list[dict[str, Any]]) -> None:
                 len(good),
                 f"{100 * len(good) / len(members):.1f} %",
                 f"{rest / exports:.2f}" if exports else "-",
+                median_of(members, "macs_ratio"),
+                median_of(members, "peer_macs_ratio"),
                 round(sum(row.get("seconds", 0) for row in members)),
             ]
         )
-    print(tabulate(table, ["source", "models", "pass", "share", "rest / export time", "seconds"]))
+    print(
+        tabulate(table, ["source", "models", "pass", "share", "rest / export time", "MACs left", "peer's", "seconds"])
+    )
+    missed = [row for row in rows if row.get("macs_ratio", 0) > MACS_TARGET]
+    for row in sorted(missed, key=lambda row: -row["macs_ratio"]):
+        print(f"  {row['model']}: keeps {row['macs_ratio']:.3f} of its MACs")
     for row in rows:
         if not row["ok"]:
             print(f"  {row['model']}: {row['failed']}")
-    print(f"written to {write_results('coverage', rows)}")
+    print(f"written to {write_results(results, rows)}")
+
+
+def median_of(rows: list[dict[str, Any]], key: str) -> str:
+    found = [row[key] for row in rows if row.get(key) is not None]
+    return f"{statistics.median(found):.3f} ({len(found)})" if found else "-"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A small, varied slice of the zoo through every check of ``benchmarks/coverage.py``."""
+"""A small, varied slice of the zoo through the checks of ``benchmarks/coverage.py``."""
 
 import json
 import subprocess
@@ -19,11 +19,14 @@ SLICE = {
 }
 
 
+@pytest.mark.parametrize("checks", ["capture", "removal"])
 @pytest.mark.parametrize("model", SLICE, ids=lambda model: f"{model} ({SLICE[model]})")
-def test_a_model_passes_every_check(model):
+def test_a_model_passes_every_check(model, checks):
     for package in ("torchvision", "timm", "transformers"):
         pytest.importorskip(package, reason="the zoo needs the extra [zoo]")
-    run = subprocess.run([sys.executable, "-W", "ignore", COVERAGE, "--model", model], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", COVERAGE, checks, "--model", model], capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     row = json.loads(run.stdout.splitlines()[-1])
     assert row["ok"], row["failed"]
