@@ -184,9 +184,3 @@ def attention(edit: Edit) -> None:
     head = edit.layout("query")[-1]
     if edit["scale"] is None and edit.shrinks(head):
         edit.set("scale", 1 / math.sqrt(dim_size(head)))
-
-
-@rewrite(aten.channel_shuffle.default)
-def channel_shuffle(edit: Edit) -> None:
-    """As many groups as stay."""
-    edit.set("groups", edit.rows(edit.layout("self")[1], edit["groups"]))

@@ -119,14 +119,6 @@ def pixel_unshuffle(call: Call) -> Layout:
     return (*x[:-3], (*x[-3], *position(factor * factor)), position(call.shape[-2]), position(call.shape[-1]))
 
 
-@rule(aten.channel_shuffle.default)
-def channel_shuffle(call: Call) -> Layout:
-    """Channels (groups, places) become (places, groups)."""
-    x = call.layout("self")
-    groups, places = call.algebra.split(x[1], call["groups"])
-    return replaced(x, {1: (*places, *groups)})
-
-
 @rule(aten.unfold.default)
 def unfold(call: Call) -> Layout:
     """Windows along a dim, which must stay; their content is a new last dim."""
