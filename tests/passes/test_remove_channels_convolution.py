@@ -25,7 +25,14 @@ def test_chain_in_any_number_of_dims(dims):
     after = prune(model, inputs(2, 3, *(6,) * dims))
 
     assert shapes(after) == {"0": (4, 3, *(3,) * dims), "3": (5, 4, *(3,) * dims)}
-    assert lengths(after) == {"0.bias": 4, "1.weight": 4, "1.bias": 4, "1.running_mean": 4, "1.running_var": 4, "3.bias": 5}
+    assert lengths(after) == {
+        "0.bias": 4,
+        "1.weight": 4,
+        "1.bias": 4,
+        "1.running_mean": 4,
+        "1.running_var": 4,
+        "3.bias": 5,
+    }
     assert after.graph_module.get_submodule("1").num_features == 4
 
 
@@ -47,7 +54,9 @@ def test_dense_concatenation():
             found.append(layer(torch.cat(found, 1)).relu())
         return m.head(torch.cat(found, 1))
 
-    after = prune(Wire(forward, stem=conv(3, 8), a=conv(8, 4, 3), b=conv(12, 4, 3), c=conv(16, 4), head=conv(20, 2)), IMAGE)
+    after = prune(
+        Wire(forward, stem=conv(3, 8), a=conv(8, 4, 3), b=conv(12, 4, 3), c=conv(16, 4), head=conv(20, 2)), IMAGE
+    )
 
     assert shapes(after) == {
         "stem": (4, 3, 1, 1), "a": (2, 4, 3, 3), "b": (2, 6, 3, 3), "c": (2, 8, 1, 1), "head": (2, 10, 1, 1),
@@ -79,7 +88,9 @@ def test_grouped_convolution_loses_groups_and_channels_of_each_group():
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_transposed_convolution(dims):
     up = CONV_TRANSPOSE[dims]
-    model = nn.Sequential(up(3, 8, 2, stride=2), nn.ReLU(), up(8, 6, 3, output_padding=1, stride=2), CONV[dims](6, 2, 1))
+    model = nn.Sequential(
+        up(3, 8, 2, stride=2), nn.ReLU(), up(8, 6, 3, output_padding=1, stride=2), CONV[dims](6, 2, 1)
+    )
 
     after = prune(model, inputs(2, 3, *(4,) * dims))
 
@@ -175,7 +186,9 @@ def test_grouped_convolutions_with_a_shuffle_between():
     def forward(m, x):
         return m.head(m.second(shuffle(m.first(m.stem(x)), 4)))
 
-    model = Wire(forward, stem=conv(3, 16), first=conv(16, 16, groups=4), second=conv(16, 16, groups=4), head=conv(16, 2))
+    model = Wire(
+        forward, stem=conv(3, 16), first=conv(16, 16, groups=4), second=conv(16, 16, groups=4), head=conv(16, 2)
+    )
     after = prune(model, IMAGE)
 
     assert shapes(after)["stem"][0] <= 8
@@ -212,7 +225,9 @@ def test_u_net_skips():
         x = m.up2(torch.cat([F.interpolate(third, scale_factor=2.0), second], 1)).relu()
         return m.up1(torch.cat([F.interpolate(x, size=first.shape[2:], mode="bilinear"), first], 1))
 
-    model = Wire(forward, down1=conv(3, 4, 3), down2=conv(4, 8, 3), down3=conv(8, 16, 3), up2=conv(24, 8, 3), up1=conv(12, 2, 3))
+    model = Wire(
+        forward, down1=conv(3, 4, 3), down2=conv(4, 8, 3), down3=conv(8, 16, 3), up2=conv(24, 8, 3), up1=conv(12, 2, 3)
+    )
     after = prune(model, IMAGE)
 
     assert shapes(after) == {
@@ -297,7 +312,9 @@ def test_layer_scale_and_other_vectors_of_a_channel():
         x = m.stem(x)
         return m.head(x + m.gamma.view(-1, 1, 1) * m.body(x) + m.offset)
 
-    model = Wire(forward, stem=conv(3, 8), body=conv(8, 8, 3), gamma=weight(8), offset=weight(1, 8, 1, 1), head=conv(8, 2))
+    model = Wire(
+        forward, stem=conv(3, 8), body=conv(8, 8, 3), gamma=weight(8), offset=weight(1, 8, 1, 1), head=conv(8, 2)
+    )
     after = prune(model, IMAGE)
 
     assert shapes(after) == {
@@ -323,6 +340,7 @@ def test_channel_attention_by_a_convolution_over_channels_keeps_them():
     assert shapes(after) == {"stem": (8, 3, 1, 1), "across": (1, 1, 3), "head": (2, 8, 1, 1)}
 
 
+@pytest.mark.filterwarnings("ignore:The tensor attribute")
 @pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm, nn.utils.weight_norm])
 def test_reparametrised_weights(norm):
     after = prune(nn.Sequential(conv(3, 8, 3), nn.ReLU(), norm(conv(8, 8, 3)), conv(8, 2)), IMAGE)
