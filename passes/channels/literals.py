@@ -52,7 +52,7 @@ def split(edit: Edit) -> None:
     dim = normalized_dim(edit["dim"], len(x))
     if edit.shrinks(x[dim]):
         pieces = [edit.count(piece[dim]) for piece in edit.results]
-        edit.replace(aten.split_with_sizes.default, edit["self"], pieces, edit["dim"])
+        edit.replace(aten.split_with_sizes.default, edit.operand("self"), pieces, edit["dim"])
 
 
 def _before(kept: Mask, place: int) -> int:
@@ -75,10 +75,10 @@ def slice_(edit: Edit) -> None:
         return
     first, last = _bounds(edit, x[dim])
     if edit["step"] == 1:
-        edit.replace(aten.slice.Tensor, edit["self"], edit["dim"], _before(kept, first), _before(kept, last))
+        edit.replace(aten.slice.Tensor, edit.operand("self"), edit["dim"], _before(kept, first), _before(kept, last))
         return
     chosen = np.arange(first, last, edit["step"])
-    look_up(edit, edit["self"], dim, kept, chosen[kept[chosen]])
+    look_up(edit, edit.operand("self"), dim, kept, chosen[kept[chosen]])
 
 
 def look_up(edit: Edit, source: Any, dim: int, kept: Mask, chosen: Any) -> None:
@@ -186,7 +186,22 @@ def attention(edit: Edit) -> None:
         edit.set("scale", 1 / math.sqrt(dim_size(head)))
 
 
-@rewrite(aten.channel_shuffle.default)
-def channel_shuffle(edit: Edit) -> None:
-    """As many groups as stay."""
-    edit.set("groups", edit.rows(edit.layout("self")[1], edit["groups"]))
+@rewrite(aten.repeat_interleave.self_int)
+def repeat_interleave(edit: Edit) -> None:
+    """As many copies as stay; they are the innermost factor of the result."""
+    if edit["dim"] is not None and isinstance(edit["repeats"], int):
+        dim = normalized_dim(edit["dim"], len(edit.result))
+        edit.set("repeats", edit.count(edit.result[dim][len(edit.layout("self")[dim]) :]))
+
+
+@rewrite(aten.repeat.default, aten.tile.default)
+def repeat(edit: Edit) -> None:
+    """As many copies as stay; they are the outermost factor of the result."""
+    name = "repeats" if "repeats" in edit.operation.arguments else "dims"
+    x, times = edit.layout("self"), list(edit[name])
+    padded = [()] * (len(edit.result) - len(x)) + list(x)
+    for place in range(1, len(times) + 1):
+        copies = edit.result[-place][: len(edit.result[-place]) - len(padded[-place])]
+        times[-place] = edit.size(copies, times[-place]) if copies else times[-place]
+    if times != list(edit[name]):
+        edit.set(name, times)

@@ -1,7 +1,7 @@
-"""Pure permutations of one dim written as reshape, transpose, reshape (the channel shuffle of arXiv:1707.01083).
+"""Pure permutations of one dim: channel shuffles (arXiv:1707.01083), also written as reshape, transpose, reshape.
 
-Taken apart, the three make every channel a product of (group, place), and each further shuffle doubles that. Taken as
-one, they only reorder units.
+Taken apart, they make every channel a product of (group, place), and each further shuffle doubles that. Taken as one,
+they only reorder units.
 """
 
 from __future__ import annotations
@@ -44,7 +44,15 @@ def permutations(graph: fx.Graph, sizes: Sizes) -> dict[fx.Node, Permutation]:
         permutation = _permutation(node, sizes)
         if permutation is not None:
             found[node] = permutation
+    for node in graph.find_nodes(op="call_function", target=aten.channel_shuffle.default):
+        found[node] = _channel_shuffle(node, sizes)
     return found
+
+
+def _channel_shuffle(node: fx.Node, sizes: Sizes) -> Permutation:
+    call = bind(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
+    channels = sizes.shape(node.meta["val"])[1]
+    return Permutation(call["self"], 1, np.arange(channels).reshape(call["groups"], -1).T.reshape(-1), ())
 
 
 def _permutation(last: fx.Node, sizes: Sizes) -> Permutation | None:

@@ -76,7 +76,9 @@ def sliced(tensor: torch.Tensor, masks: list[Mask | None]) -> torch.Tensor:
 def _permute(root: fx.GraphModule, node: fx.Node, report: ChannelReport, removed: Mask) -> None:
     """A permutation of a dim that shrinks becomes a lookup of what stays."""
     permutation = report.permutations[node.name]
-    source = node.args[0].args[0].args[0]  # type: ignore[union-attr]
+    source = node.args[0]
+    for _ in permutation.interior:
+        source = source.args[0]  # type: ignore[union-attr]
     assert isinstance(source, fx.Node)
     kept = report.kept_elements(report.layouts[source.name][permutation.dim], removed)
     if kept is None:

@@ -25,7 +25,7 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
 from fxcompress.errors import InputError, VerificationError
-from fxcompress.ir.ops import Operation, argument_names, free_name, set_state
+from fxcompress.ir.ops import Operation, argument_names, bind, free_name, set_state
 from fxcompress.ir.program import CONSTANTS
 
 Rewrite = Callable[["Edit"], None]
@@ -53,6 +53,10 @@ class Edit:
 
     def __getitem__(self, name: str) -> Any:
         return self.operation[name]
+
+    def operand(self, name: str) -> Any:
+        """An argument as it stands in the call: a node also where it reads a parameter."""
+        return bind(self.operation.overload, self.node.args, self.node.kwargs)[name]
 
     def layout(self, name: str) -> Layout:
         """The layout, before removal, of a tensor argument."""

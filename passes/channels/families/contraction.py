@@ -56,6 +56,12 @@ def dot(call: Call) -> Layout:
     return product(call, call.layout("self"), call.layout("tensor"))
 
 
+@rule(aten.vdot.default)
+def vdot(call: Call) -> Layout:
+    """Product of vectors, the first conjugated."""
+    return product(call, call.layout("self"), call.layout("other"))
+
+
 @rule(aten.addmm.default)
 def addmm(call: Call) -> Layout:
     """``input + mat1 @ mat2``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from fxcompress.passes.channels.layout import Layout, position
+from fxcompress.passes.channels.layout import Layout, broadcast, position
 from fxcompress.passes.channels.rules import Call, Result, dropped, normalized_dim, replaced, rule
 
 aten = torch.ops.aten
@@ -29,6 +29,12 @@ def layer_norm(call: Call) -> Layout:
             for a, b in zip(x[len(x) - len(weight) :], weight, strict=True):
                 call.join(a, b)
     return x
+
+
+@rule(aten._weight_norm.default)
+def weight_norm(call: Call) -> Layout:
+    """A direction, and a length for each index of one dim."""
+    return broadcast(call.algebra, [call.layout("v"), call.layout("g")])
 
 
 @rule(aten.group_norm.default)
@@ -118,7 +124,5 @@ def argsort(call: Call) -> Result:
 @rule(aten.cosine_similarity.default)
 def cosine_similarity(call: Call) -> Layout:
     """Two operands meet on a dim, which is gone."""
-    from fxcompress.passes.channels.layout import broadcast
-
     both = broadcast(call.algebra, [call.layout("x1"), call.layout("x2")])
     return dropped(both, [call["dim"]])

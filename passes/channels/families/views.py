@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from fxcompress.passes.channels.layout import Dim, Layout, position
 from fxcompress.passes.channels.rules import Call, dropped, normalized_dim, replaced, rule
@@ -80,6 +82,12 @@ def expand(call: Call) -> Layout:
     )
 
 
+def _copies(call: Call, count: Any) -> Dim:
+    """Copies of one value: any number of them will do, where it is known."""
+    size = call.size(count)
+    return call.fresh(size) if isinstance(count, int) and size < 1 << 20 else position(size)
+
+
 @rule(aten.repeat.default, aten.tile.default)
 def repeat(call: Call) -> Layout:
     """Dim after dim, copies of the whole: (copies, elements)."""
@@ -87,7 +95,7 @@ def repeat(call: Call) -> Layout:
     times = call.operation.arguments.get("repeats", call.operation.arguments.get("dims"))
     padded: list[Dim] = [()] * (len(call.shape) - len(x)) + list(x)
     times = [1] * (len(padded) - len(times)) + list(times)
-    return tuple((*position(call.size(count)), *dim) for count, dim in zip(times, padded, strict=True))
+    return tuple((*_copies(call, count), *dim) for count, dim in zip(times, padded, strict=True))
 
 
 @rule(aten.repeat_interleave.self_int)
@@ -98,7 +106,7 @@ def repeat_interleave(call: Call) -> Layout:
         whole = tuple(factor for dim in x for factor in dim)
         return ((*whole, *position(call.size(call["repeats"]))),)
     dim = normalized_dim(call["dim"], len(x))
-    return replaced(x, {dim: (*x[dim], *position(call.size(call["repeats"])))})
+    return replaced(x, {dim: (*x[dim], *_copies(call, call["repeats"]))})
 
 
 @rule(aten.pixel_shuffle.default)
@@ -117,14 +125,6 @@ def pixel_unshuffle(call: Call) -> Layout:
     call.keep(x[-2], x[-1])
     factor = call["downscale_factor"]
     return (*x[:-3], (*x[-3], *position(factor * factor)), position(call.shape[-2]), position(call.shape[-1]))
-
-
-@rule(aten.channel_shuffle.default)
-def channel_shuffle(call: Call) -> Layout:
-    """Channels (groups, places) become (places, groups)."""
-    x = call.layout("self")
-    groups, places = call.algebra.split(x[1], call["groups"])
-    return replaced(x, {1: (*places, *groups)})
 
 
 @rule(aten.unfold.default)
