@@ -184,7 +184,7 @@ def _groups(program: Program, units: Units, state: Mapping[str, Layout]) -> Iter
                 assert elements.units is not None
                 assert len(factors) == 1
                 carried = units.resolve(elements.units)
-                _mark_factors(units, carried, factor)
+                _mark_factors(carried, factor)
                 distinct = np.unique(carried[carried != NONE])
                 if len(distinct):
                     found_units.append(distinct)
@@ -200,16 +200,16 @@ def _groups(program: Program, units: Units, state: Mapping[str, Layout]) -> Iter
 _FACTORS = ("whole", "outer", "inner")
 
 
-def _mark_factors(units: Units, carried: Array, factor: Array) -> None:
-    """Where elements carry several units, those with the least role are outer factors, the others inner ones."""
+def _mark_factors(carried: Array, factor: Array) -> None:
+    """Where elements carry several units, the first is an outer factor, the others are inner ones."""
     if carried.shape[1] < 2:
         return
-    roles = np.where(carried == NONE, np.iinfo(np.int64).max, units.role(carried))
-    several = (carried != NONE).sum(1) > 1
-    rows, least = carried[several], roles[several].min(1, initial=np.iinfo(np.int64).max)
-    for column, role in zip(rows.T, roles[several].T, strict=True):
-        known = column != NONE
-        np.maximum.at(factor, column[known], np.where(role[known] > least[known], 2, 1))
+    known = carried != NONE
+    several = known.sum(1) > 1
+    first = known.argmax(1)
+    for column in range(carried.shape[1]):
+        rows = several & known[:, column]
+        np.maximum.at(factor, carried[rows, column], np.where(first[rows] == column, 1, 2))
 
 
 def _grouped(

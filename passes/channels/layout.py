@@ -113,9 +113,9 @@ class Algebra:
         self.units = units
         self.cause = 0
 
-    def fresh(self, size: int, role: int = 0) -> Dim:
+    def fresh(self, size: int) -> Dim:
         """A dim of new units."""
-        return position(size) if size == 1 else elements(self.units.fresh(size, role))
+        return position(size) if size == 1 else elements(self.units.fresh(size))
 
     def freeze(self, *dims: Dim) -> None:
         """Keeps all elements of dims."""
@@ -245,7 +245,7 @@ class Algebra:
 
     def _factored(self, array: Array, sizes: Sequence[int]) -> list[Dim]:
         """An array seen as a product of dims: it equals the product of fresh ones."""
-        dims = [self.fresh(size, role) for role, size in enumerate(sizes, start=1)]
+        dims = [self.fresh(size) for size in sizes]
         product = self.flat(tuple(factor for dim in dims for factor in dim))
         self.units.join(array, product, self.cause)
         return dims

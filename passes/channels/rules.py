@@ -136,7 +136,7 @@ def rule(*overloads: OpOverload | str) -> Callable[[Rule], Rule]:
 
     def register(function: Rule) -> Rule:
         for overload in overloads:
-            name = overload if isinstance(overload, str) else overload.name()
+            name = overload if isinstance(overload, str) else _name(overload)
             if name in _RULES:
                 raise InputError(f"{name} has a rule already: {_RULES[name].__qualname__}")
             _RULES[name] = function
@@ -145,9 +145,13 @@ def rule(*overloads: OpOverload | str) -> Callable[[Rule], Rule]:
     return register
 
 
+def _name(overload: OpOverload) -> str:
+    return str(overload.name())  # type: ignore[no-untyped-call]
+
+
 def rule_of(overload: OpOverload) -> Rule | None:
     """The rule of an overload, ``None`` where it has none."""
-    found = _RULES.get(overload.name())
+    found = _RULES.get(_name(overload))
     if found is None and torch.Tag.pointwise in overload.tags:
         return pointwise
     return found

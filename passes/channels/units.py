@@ -2,7 +2,7 @@
 
 A unit is the smallest thing that can be removed. An *element* (one index of one dim of one tensor) carries a set of
 units and disappears when any of them is removed. An array of ``n`` elements is an ``(n, k)`` int64 array: row ``i`` has
-the units of element ``i``, in up to ``k`` columns, ``NONE`` where there are fewer. An element without units stays.
+the units of element ``i``, in up to ``k`` columns, outer factors first, ``NONE`` where there are fewer. An element without units stays.
 
 Operators only state that two arrays disappear together (:meth:`Units.join`). Such an equation between sets of units is
 solved by substitution. Where both sides have one unit a row, the two are merged in a union-find. Otherwise, every pair
@@ -41,33 +41,20 @@ class Units:
         self._parent = np.empty(0, np.int64)
         self._frozen_by = np.empty(0, np.int64)
         self._parts_row = np.empty(0, np.int64)
-        self._role = np.empty(0, np.int64)
         self._parts = np.empty((0, 2), np.int64)
 
-    def fresh(self, count: int, role: int = 0) -> Array:
-        """An array of ``count`` elements with one new unit each.
-
-        Args:
-            count: How many.
-            role: 0 for plain channels; the place among the factors of a product otherwise, 1 for the outermost.
-        """
+    def fresh(self, count: int) -> Array:
+        """An array of ``count`` elements with one new unit each."""
         first, self.count = self.count, self.count + count
         if self.count > len(self._parent):
             self._grow(max(self.count, 2 * len(self._parent), 1024))
-        self._role[first : self.count] = role
         return np.arange(first, self.count).reshape(-1, 1)
-
-    def role(self, units: Array) -> Array:
-        """The role of each root: the innermost of those that were merged into it."""
-        found: Array = self._role[units]
-        return found
 
     def _grow(self, capacity: int) -> None:
         extra = capacity - len(self._parent)
         self._parent = np.concatenate([self._parent, np.arange(len(self._parent), capacity)])
         self._frozen_by = np.concatenate([self._frozen_by, np.full(extra, _FREE)])
         self._parts_row = np.concatenate([self._parts_row, np.full(extra, _WHOLE)])
-        self._role = np.concatenate([self._role, np.zeros(extra, np.int64)])
 
     def freeze(self, array: Array, cause: int) -> None:
         """Keeps elements for good; ``cause`` is any number >= 0 that says why, the first given is kept."""
@@ -152,7 +139,6 @@ class Units:
         _, first = np.unique(labels, return_index=True)
         roots = nodes[first][labels]
         np.maximum.at(self._frozen_by, roots, self._frozen_by[nodes])
-        np.maximum.at(self._role, roots, self._role[nodes])
         self._parent[nodes] = roots
 
     def _join_products(self, a: Array, b: Array, cause: int) -> None:
@@ -193,7 +179,6 @@ class Units:
         if count == 1 and both.all():
             return None
         new = self.fresh(count)[:, 0]
-        np.maximum.at(self._role, new[labels], self._role[nodes])
         return nodes, new[labels], np.isin(nodes, a)
 
     def _substitute(self, column: Array, factors: list[tuple[Array, Array]], cause: int) -> None:
