@@ -151,7 +151,7 @@ def rule(*overloads: OpOverload | str) -> Callable[[Rule], Rule]:
 
     def register(function: Rule) -> Rule:
         for overload in overloads:
-            name = overload if isinstance(overload, str) else overload.name()
+            name = overload if isinstance(overload, str) else overload.name()  # type: ignore[no-untyped-call]
             if name in _RULES:
                 raise InputError(f"{name} has a rule already: {_RULES[name].__qualname__}")
             _RULES[name] = function
@@ -162,7 +162,7 @@ def rule(*overloads: OpOverload | str) -> Callable[[Rule], Rule]:
 
 def rule_of(overload: OpOverload) -> Rule | None:
     """The rule of an overload, ``None`` where it has none."""
-    found = _RULES.get(overload.name())
+    found = _RULES.get(overload.name())  # type: ignore[no-untyped-call]
     if found is None and torch.Tag.pointwise in overload.tags:
         return pointwise
     return found
