@@ -47,6 +47,10 @@ class Operation:
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]
 
+    def operand(self, name: str) -> Any:
+        """Argument ``name`` of an ATen call as it stands there: a node also where it reads the model's state."""
+        return bind(self.overload, self.node.args, self.node.kwargs)[name]
+
     def parameter(self, name: str) -> torch.Tensor | None:
         """The tensor that argument ``name`` reads straight from the model's state, or ``None``."""
         return self.arguments[name] if name in self.state else None

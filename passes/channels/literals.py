@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from fxcompress.passes.channels.families.indexing import numbers, rolled
 from fxcompress.passes.channels.layout import Dim, dim_size
 from fxcompress.passes.channels.rewrites import Edit, rewrite
 from fxcompress.passes.channels.rules import normalized_dim
-from fxcompress.passes.channels.units import Mask
+from fxcompress.passes.channels.units import Array, Mask
+
+from fxcompress.ir.ops import get_state
 
 aten = torch.ops.aten
 
@@ -205,3 +209,33 @@ def repeat(edit: Edit) -> None:
         times[-place] = edit.size(copies, times[-place]) if copies else times[-place]
     if times != list(edit[name]):
         edit.set(name, times)
+
+
+@rewrite(aten.index_select.default)
+def index_select(edit: Edit) -> None:
+    """Constant numbers of elements move."""
+    dim = normalized_dim(edit["dim"], len(edit.layout("self")))
+    _move(edit, dim, lambda size: numbers(edit["index"]))
+
+
+@rewrite(aten.index.Tensor)
+def index(edit: Edit) -> None:
+    """Constant numbers of elements move."""
+    (place, node), *others = [(place, node) for place, node in enumerate(edit["indices"]) if node is not None]
+    if not others and node.op == "get_attr":
+        _move(edit, place, lambda size: numbers(get_state(edit.root, str(node.target))))
+
+
+@rewrite(aten.roll.default)
+def roll(edit: Edit) -> None:
+    """The order of what stays becomes a lookup."""
+    if len(edit["dims"]) == 1 and isinstance(edit["shifts"][0], int):
+        dim = normalized_dim(edit["dims"][0], len(edit.layout("self")))
+        _move(edit, dim, lambda size: rolled(size, edit["shifts"][0]))
+
+
+def _move(edit: Edit, dim: int, order: Callable[[int], Array]) -> None:
+    kept = edit.kept(edit.layout("self")[dim])
+    if kept is not None:
+        chosen = order(len(kept))
+        look_up(edit, edit.operand("self"), dim, kept, chosen[kept[chosen]])

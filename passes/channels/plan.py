@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fxcompress.passes.channels.groups import ChannelReport
-from fxcompress.passes.channels.units import Mask
+from fxcompress.passes.channels.units import Array, Mask
 from tabulate import tabulate
 
 from fxcompress.errors import InputError
@@ -90,7 +90,7 @@ class ChannelPlan:
         """The units to remove, for the report of the Program that the plan is for.
 
         Raises:
-            InputError: The plan is for a Program of another structure.
+            InputError: The plan is for a Program of another structure, or its numbers do not fit the groups.
         """
         found = digest(program)
         if found != self.model:
@@ -100,8 +100,25 @@ class ChannelPlan:
             )
         mask = report.removed_mask([])
         for removal in self.removals:
-            mask[report.groups[removal.group].units[list(removal.removed)]] = True
+            mask[_units(report, removal)] = True
         return mask
+
+
+def _units(report: ChannelReport, removal: Removal) -> Array:
+    if not 0 <= removal.group < len(report.groups):
+        raise InputError(
+            f"the plan names group {removal.group} ({removal.name}), but the model has {len(report.groups)} groups; "
+            "run select-channels on it"
+        )
+    units = report.groups[removal.group].units
+    outside = [place for place in removal.removed if not 0 <= place < len(units)]
+    if outside:
+        raise InputError(
+            f"the plan removes unit {outside[0]} of group {removal.name}, which has units 0 to {len(units) - 1}"
+        )
+    if len(set(removal.removed)) == len(units):
+        raise InputError(f"the plan removes all {len(units)} units of group {removal.name}; leave at least one")
+    return units[list(removal.removed)]
 
 
 def _removal(entry: Mapping[str, Any]) -> Removal:

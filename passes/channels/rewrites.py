@@ -3,6 +3,8 @@
 Most operators need nothing: their shapes follow from their operands. A rewrite is registered where a call spells a
 size, a bound or a number of groups, or a constant that follows from one:
 
+    from fxcompress.passes.channels.rewrites import Edit, rewrite
+
     @rewrite(torch.ops.mine.tile_channels.default)
     def tile_channels(edit: Edit) -> None:
         edit.set("channels", edit.count(edit.result[1]))
@@ -25,7 +27,7 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
 from fxcompress.errors import InputError, VerificationError
-from fxcompress.ir.ops import Operation, argument_names, bind, free_name, set_state
+from fxcompress.ir.ops import Operation, argument_names, free_name, set_state
 from fxcompress.ir.program import CONSTANTS
 
 Rewrite = Callable[["Edit"], None]
@@ -56,7 +58,7 @@ class Edit:
 
     def operand(self, name: str) -> Any:
         """An argument as it stands in the call: a node also where it reads a parameter."""
-        return bind(self.operation.overload, self.node.args, self.node.kwargs)[name]
+        return self.operation.operand(name)
 
     def layout(self, name: str) -> Layout:
         """The layout, before removal, of a tensor argument."""

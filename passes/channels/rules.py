@@ -3,6 +3,7 @@
 A rule reads the layouts of the operands from its :class:`Call`, states which elements disappear together, and returns
 the layout of the result (a list of layouts for several results). An operator of your own takes a few lines:
 
+    from fxcompress.passes.channels.layout import Layout
     from fxcompress.passes.channels.rules import Call, rule
 
     @rule(torch.ops.mine.scale_channels.default)
@@ -28,7 +29,8 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
 from fxcompress.errors import InputError
-from fxcompress.ir.ops import Operation
+from fxcompress.ir.constants import is_constant_state
+from fxcompress.ir.ops import Operation, get_state
 
 Result = Layout | list[Layout]
 Rule = Callable[["Call"], Result]
@@ -69,6 +71,19 @@ class Call:
     def tensors(self, name: str) -> list[Layout]:
         """The layouts of a list of tensors."""
         return [self.layouts[node] for node in self.operation[name]]
+
+    def constant(self, value: Any) -> torch.Tensor | None:
+        """The tensor that an argument reads, if it is state that is neither trained nor saved and has a value."""
+        root = self.operation.node.graph.owning_module
+        assert root is not None
+        if not isinstance(value, fx.Node) or value.op != "get_attr" or not is_constant_state(root, str(value.target)):
+            return None
+        found = get_state(root, str(value.target))
+        return None if found.is_meta else found
+
+    def operand(self, name: str) -> Any:
+        """An argument as it stands in the call: a node also where it reads a parameter."""
+        return self.operation.operand(name)
 
     def operands(self) -> list[Layout]:
         """The layouts of all tensor arguments, in order."""

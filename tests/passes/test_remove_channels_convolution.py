@@ -195,6 +195,31 @@ def test_grouped_convolutions_with_a_shuffle_between():
     assert shapes(after)["head"][1] <= 8
 
 
+ORDER = torch.tensor([5, 0, 1, 9, 9, 14, 2, 11])
+
+
+@pytest.mark.parametrize(
+    "lookup",
+    [
+        lambda m, x: x[:, m.order],
+        lambda m, x: x.index_select(1, m.order),
+        lambda m, x: x[:, [5, 0, 1, 9, 9, 14, 2, 11]],
+        lambda m, x: x.flip(1)[:, ::2],
+        lambda m, x: torch.roll(x, 3, 1)[:, 4:12],
+        lambda m, x: x[:, torch.arange(16) % 2 == 0],
+    ],
+    ids=["index", "index_select", "list", "flip", "roll", "mask"],
+)
+def test_constant_lookups_take_channels_along(lookup):
+    model = Wire(lambda m, x: m.head(lookup(m, m.stem(x))), stem=conv(3, 16), head=conv(8, 2))
+    model.register_buffer("order", ORDER, persistent=False)
+
+    after = prune(model, IMAGE)
+
+    assert shapes(after)["stem"][0] < 12
+    assert shapes(after)["head"][1] < 6
+
+
 def test_pixel_shuffle_takes_all_places_of_a_channel():
     after = prune(nn.Sequential(conv(3, 32, 3), nn.PixelShuffle(2), conv(8, 2)), IMAGE)
 

@@ -83,13 +83,9 @@ def diff(call: Call) -> Layout:
     return replaced(x, {dim: position(call.shape[dim])})
 
 
-@rule(aten.cumsum.default, aten.cumprod.default, aten.flip.default, aten.roll.default)
-def along_dims(call: Call) -> Layout:
-    """The order of elements along the dims matters, so they stay."""
+@rule(aten.cumsum.default, aten.cumprod.default)
+def cumulative(call: Call) -> Layout:
+    """Each element depends on those before it, so the dim stays."""
     x = call.layout("self")
-    arguments = call.operation.arguments
-    given = arguments["dims"] if "dims" in arguments else arguments["dim"]
-    dims = given if isinstance(given, (list, tuple)) else [given]
-    for dim in dims or range(len(x)):
-        call.keep(x[normalized_dim(dim, len(x))])
+    call.keep(x[normalized_dim(call["dim"], len(x))])
     return x

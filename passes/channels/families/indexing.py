@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
-from fxcompress.passes.channels.layout import Layout, broadcast, is_position
+from fxcompress.passes.channels.layout import Dim, Layout, broadcast, dim_size, is_position
 from fxcompress.passes.channels.rules import Call, normalized_dim, replaced, rule
+from fxcompress.passes.channels.units import Array
 from torch import fx
 
 aten = torch.ops.aten
@@ -20,9 +22,13 @@ def embedding(call: Call) -> Layout:
 
 @rule(aten.index_select.default)
 def index_select(call: Call) -> Layout:
-    """Elements of a dim by number: it stays."""
-    x, index = call.layout("self"), call.layout("index")
+    """Elements of a dim by number: numbers that are data keep them all, constant ones take units along."""
+    x = call.layout("self")
     dim = normalized_dim(call["dim"], len(x))
+    constant = call.constant(call.operand("index"))
+    if constant is not None and constant.dim() == 1 and not is_position(x[dim]):
+        return replaced(x, {dim: call.algebra.taken(x[dim], constant.cpu().numpy())})
+    index = call.layout("index")
     call.keep(x[dim])
     return replaced(x, {dim: index[0] if index else ()})
 
@@ -32,6 +38,9 @@ def index(call: Call) -> Layout:
     """Indexed dims stay; the dims of the indices come in their place (first, where they are apart)."""
     x = call.layout("self")
     places = [place for place, value in enumerate(call["indices"]) if value is not None]
+    constant = call.constant(call["indices"][places[0]])
+    if len(places) == 1 and constant is not None and constant.dim() == 1 and not is_position(x[places[0]]):
+        return replaced(x, {places[0]: call.algebra.taken(x[places[0]], numbers(constant))})
     indices = [call.layouts[node] for node in call["indices"] if isinstance(node, fx.Node)]
     if _is_mask(call, places):
         call.keep(*(dim for layout in indices for dim in layout), *x[: len(x)])
@@ -42,6 +51,41 @@ def index(call: Call) -> Layout:
     together = places == list(range(places[0], places[-1] + 1))
     at = places[0] if together else 0
     return (*rest[:at], *looked_up, *rest[at:])
+
+
+def numbers(index: torch.Tensor) -> Array:
+    """An index of one dim as numbers of elements."""
+    plain = index.cpu().numpy()
+    found: Array = np.flatnonzero(plain) if index.dtype in (torch.bool, torch.uint8) else plain
+    return found
+
+
+@rule(aten.flip.default)
+def flip(call: Call) -> Layout:
+    """Elements in reverse order."""
+    x = call.layout("self")
+    dims = {normalized_dim(dim, len(x)) for dim in call["dims"]}
+    return tuple(_moved(call, x[dim], slice(None, None, -1)) if dim in dims else x[dim] for dim in range(len(x)))
+
+
+@rule(aten.roll.default)
+def roll(call: Call) -> Layout:
+    """Elements of a dim move on, the last come first; of several dims at once only places do."""
+    x = call.layout("self")
+    dims = [normalized_dim(dim, len(x)) for dim in call["dims"]]
+    if len(dims) == 1 and isinstance(call["shifts"][0], int) and not is_position(x[dims[0]]):
+        return replaced(x, {dims[0]: _moved(call, x[dims[0]], rolled(dim_size(x[dims[0]]), call["shifts"][0]))})
+    call.keep(*(x[dim] for dim in dims or range(len(x))))
+    return x
+
+
+def rolled(size: int, shift: int) -> Array:
+    """Where the elements of a rolled dim were before."""
+    return np.roll(np.arange(size), shift)
+
+
+def _moved(call: Call, dim: Dim, order: Array | slice) -> Dim:
+    return dim if is_position(dim) else call.algebra.taken(dim, order)
 
 
 def _is_mask(call: Call, places: list[int]) -> bool:
