@@ -2,7 +2,8 @@
 
 A unit is the smallest thing that can be removed. An *element* (one index of one dim of one tensor) carries a set of
 units and disappears when any of them is removed. An array of ``n`` elements is an ``(n, k)`` int64 array: row ``i`` has
-the units of element ``i``, in up to ``k`` columns, outer factors first, ``NONE`` where there are fewer. An element without units stays.
+the units of element ``i``, in up to ``k`` columns, outer factors first, ``NONE`` where there are fewer. An element
+without units stays.
 
 Operators only state that two arrays disappear together (:meth:`Units.join`). Such an equation between sets of units is
 solved by substitution. Where both sides have one unit a row, the two are merged in a union-find. Otherwise, every pair
