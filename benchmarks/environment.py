@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("fxcompress", "torch", "torchvision", "timm", "transformers", "onnx", "onnxruntime", "openvino")
+_PACKAGES = (
+    "fxcompress",
+    "torch",
+    "torchvision",
+    "timm",
+    "transformers",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "torch-pruning",
+)
 
 
 def environment() -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 if TYPE_CHECKING:
@@ -128,8 +129,12 @@ class Program:
         return flatten_call(self.interface, args, kwargs)
 
     def copy(self) -> Program:
-        """A Program with a graph and module shells of its own that shares every tensor with this one."""
-        clone = clone_graph_module(self.graph_module, _copy_graph(self.graph_module.graph), lambda tensor: tensor)
+        """A Program with a graph and module shells of its own that shares every tensor with this one.
+
+        Its Python code is generated when it is first run.
+        """
+        graph = _copy_graph(self.graph_module.graph)
+        clone = clone_graph_module(self.graph_module, graph, lambda tensor: tensor, kind=_LazyGraphModule)
         program = Program(clone, self.interface, tuple(self.diagnostics), self.name)
         program._analyses = dict(self._analyses)
         return program
@@ -172,6 +177,7 @@ def clone_graph_module(
     graph: fx.Graph,
     take: Callable[[torch.Tensor], torch.Tensor],
     extra: Mapping[str, nn.Module] | None = None,
+    kind: type[fx.GraphModule] = fx.GraphModule,
 ) -> fx.GraphModule:
     """A ``GraphModule`` for ``graph`` with module objects of its own, and what ``take`` gives for each tensor.
 
@@ -205,17 +211,19 @@ def clone_graph_module(
 
     root = shell(source)
     root._modules.update(extra or {})
-    clone = graph_module_of(root, graph)
+    clone = graph_module_of(root, graph, kind)
     clone.training = source.training
     return clone
 
 
-def graph_module_of(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
-    """A ``GraphModule`` that takes over all of ``root``'s state.
+def graph_module_of(root: nn.Module, graph: fx.Graph, kind: type[fx.GraphModule] = fx.GraphModule) -> fx.GraphModule:
+    """A ``GraphModule`` for a graph that takes over all of ``root``'s state.
 
     ``fx.GraphModule`` alone keeps what the graph names, and (before torch 2.14) forgets which buffers are not saved.
     """
-    made = fx.GraphModule(root, graph)
+    made = kind({}, fx.Graph(tracer_cls=graph._tracer_cls))
+    made.training = root.training
     for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
         made.__dict__[table] = root.__dict__[table]
+    made.graph = graph
     return made

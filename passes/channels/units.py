@@ -2,7 +2,8 @@
 
 A unit is the smallest thing that can be removed. An *element* (one index of one dim of one tensor) carries a set of
 units and disappears when any of them is removed. An array of ``n`` elements is an ``(n, k)`` int64 array: row ``i`` has
-the units of element ``i``, in up to ``k`` columns, outer factors first, ``NONE`` where there are fewer. An element without units stays.
+the units of element ``i``, in up to ``k`` columns, outer factors first, ``NONE`` where there are fewer. An element
+without units stays.
 
 Operators only state that two arrays disappear together (:meth:`Units.join`). Such an equation between sets of units is
 solved by substitution. Where both sides have one unit a row, the two are merged in a union-find. Otherwise, every pair
@@ -38,61 +39,58 @@ class Units:
 
     def __init__(self) -> None:
         self.count = 0
-        self._parent = np.empty(0, np.int64)
-        self._frozen_by = np.empty(0, np.int64)
-        self._parts_row = np.empty(0, np.int64)
+        # The last entry of each table is that of NONE: its own root, never free.
+        self._parent = np.array([NONE])
+        self._frozen_by = np.array([0])
+        self._parts_row = np.array([_WHOLE])
         self._parts = np.empty((0, 2), np.int64)
 
     def fresh(self, count: int) -> Array:
         """An array of ``count`` elements with one new unit each."""
         first, self.count = self.count, self.count + count
-        if self.count > len(self._parent):
-            self._grow(max(self.count, 2 * len(self._parent), 1024))
+        if self.count >= len(self._parent):
+            self._grow(2 * self.count + 1024)
         return np.arange(first, self.count).reshape(-1, 1)
 
-    def _grow(self, capacity: int) -> None:
-        extra = capacity - len(self._parent)
-        self._parent = np.concatenate([self._parent, np.arange(len(self._parent), capacity)])
-        self._frozen_by = np.concatenate([self._frozen_by, np.full(extra, _FREE)])
-        self._parts_row = np.concatenate([self._parts_row, np.full(extra, _WHOLE)])
+    def _grow(self, count: int) -> None:
+        def longer(table: Array, new: Array) -> Array:
+            return np.concatenate([table[:-1], new, table[-1:]])
+
+        known = len(self._parent) - 1
+        self._parent = longer(self._parent, np.arange(known, count))
+        self._frozen_by = longer(self._frozen_by, np.full(count - known, _FREE))
+        self._parts_row = longer(self._parts_row, np.full(count - known, _WHOLE))
 
     def freeze(self, array: Array, cause: int) -> None:
         """Keeps elements for good; ``cause`` is any number >= 0 that says why, the first given is kept."""
-        roots = self._roots(self._expand(array))
-        roots = roots[roots != NONE]
+        roots = self._expand(array)
         self._frozen_by[roots[self._frozen_by[roots] == _FREE]] = cause
 
     def cause(self, array: Array) -> Array:
         """For each element the cause that froze one of its units, -1 where none did."""
-        roots = self._roots(self._expand(array))
+        roots = self._expand(array)
         found: Array = np.where(roots == NONE, _FREE, self._frozen_by[roots]).max(axis=1, initial=_FREE)
         return found
 
     def resolve(self, array: Array) -> Array:
         """What the elements carry by now: roots that can be removed, each once a row."""
-        roots = self._roots(self._expand(array))
-        live = np.where((roots != NONE) & (self._frozen_by[roots] == _FREE), roots, NONE)
-        return _compact(live)
+        roots = self._expand(array)
+        return _compact(np.where(self._frozen_by[roots] == _FREE, roots, NONE))
 
     def _roots(self, array: Array) -> Array:
-        known = array != NONE
-        units = array[known]
-        roots = self._parent[units]
+        roots = self._parent[array]
         while True:
             above = self._parent[roots]
             if (above == roots).all():
-                break
+                return roots
+            self._parent[array] = above
             roots = above
-        self._parent[units] = roots
-        found = array.copy()
-        found[known] = roots
-        return found
 
     def _expand(self, array: Array) -> Array:
         """Replaces every unit that became a product by its parts."""
         while True:
             roots = self._roots(array)
-            rows = np.where(roots == NONE, _WHOLE, self._parts_row[roots])
+            rows = self._parts_row[roots]
             if (rows == _WHOLE).all():
                 return roots
             columns = []
@@ -127,19 +125,19 @@ class Units:
 
     def _join_single(self, a: Array, b: Array, cause: int) -> None:
         both = (a != NONE) & (b != NONE)
-        self.freeze(np.concatenate([a[~both], b[~both]])[:, None], cause)
-        self._union(a[both], b[both])
+        if not both.all():
+            self.freeze(np.concatenate([a[~both], b[~both]])[:, None], cause)
+            a, b = a[both], b[both]
+        self._union(a, b)
 
     def _union(self, a: Array, b: Array) -> None:
+        """Merges units pairwise: the greater root is hung below the lesser until both are one."""
         a, b = self._roots(a), self._roots(b)
-        differ = a != b
-        if not differ.any():
-            return
-        nodes, labels = _components(a[differ], b[differ])
-        _, first = np.unique(labels, return_index=True)
-        roots = nodes[first][labels]
-        np.maximum.at(self._frozen_by, roots, self._frozen_by[nodes])
-        self._parent[nodes] = roots
+        while (a != b).any():
+            low, high = np.minimum(a, b), np.maximum(a, b)
+            np.maximum.at(self._frozen_by, low, self._frozen_by[high])
+            np.minimum.at(self._parent, high, low)
+            a, b = self._roots(low), self._roots(high)
 
     def _join_products(self, a: Array, b: Array, cause: int) -> None:
         lonely = ((a != NONE).any(1)) != ((b != NONE).any(1))

@@ -1,0 +1,256 @@
+"""What channel removal costs: beside Torch-Pruning, as models grow, and for an 8B-parameter Llama without weights.
+
+Ours is analysis, selection and removal at ratio 0.5 on a traced Program; tracing is a column of its own. Theirs is the
+dependency graph, which traces the model too, and one step of the magnitude pruner at the same ratio. Both run in one
+process, on one thread, in interleaved rounds; times are medians of processor seconds, so that what else runs on the
+machine does not count.
+
+    python benchmarks/removal_speed.py
+    python benchmarks/removal_speed.py --only 'resnet*' --rounds 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import fnmatch
+import gc
+import importlib.util
+import json
+import math
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+from environment import write_results
+from tabulate import tabulate
+from torch import nn
+from trace_time import llama
+
+import fxcompress as fxc
+
+MODELS = (
+    "resnet18", "resnet50", "resnet152", "densenet121", "densenet201", "vit_b_16", "convnext_large", "swin_t",
+)  # fmt: skip
+LLAMA_DEPTHS = (2, 4, 8, 16, 32, 64)
+PIPELINE = "select-channels{ratio=0.5},remove-channels"
+LIMIT_S = 300
+"""After so long Torch-Pruning is stopped."""
+
+COLUMNS = {
+    "model": ("subject", "nodes", "capture_s", "ours_s", "ms_per_node", "theirs_s", "ratio", "ours_left", "theirs_left",
+              "note"),
+    "llama": ("subject", "nodes", "capture_s", "ours_s", "ms_per_node"),
+    "shape": ("subject", "nodes", "capture_s", "analysis_s", "plan_s", "peak_gb", "before_gb"),
+}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="*", help="subjects whose name matches this pattern; nothing is written")
+    parser.add_argument("--shape", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.shape:
+        print(json.dumps(llama_8b()))
+        return 0
+    rows = list(measure(options.only, options.rounds))
+    for kind, columns in COLUMNS.items():
+        table = [[row[column] for column in columns] for row in rows if row["kind"] == kind]
+        print(tabulate(table, columns, floatfmt=".3f"), end="\n\n")
+    print("\n".join(summary(rows)))
+    if options.only == "*":
+        print(f"written to {write_results('removal_speed', rows)}")
+    return 0
+
+
+def measure(only: str, rounds: int) -> Iterator[dict[str, Any]]:
+    """A row for each subject."""
+    warm_up()
+    for name in MODELS:
+        if fnmatch.fnmatch(name, only):
+            yield {"kind": "model", **beside_torch_pruning(name, rounds)}
+    depths = [depth for depth in LLAMA_DEPTHS if fnmatch.fnmatch(f"llama {depth} layers", only)]
+    for row in grown(depths, rounds):
+        yield {"kind": "llama", **row}
+    if fnmatch.fnmatch("llama 8B", only):
+        yield {"kind": "shape", **in_own_process()}
+
+
+def warm_up() -> None:
+    """The first run of a process pays for imports and for caches of PyTorch."""
+    ours(fxc.trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 3, 1)), torch.randn(2, 3, 8, 8)))()
+
+
+def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Processor seconds of one call, and its value."""
+    gc.collect()
+    started = time.process_time()
+    value = work()
+    return time.process_time() - started, value
+
+
+def ours(program: fxc.Program) -> Callable[[], fxc.Program]:
+    """Our work on a Program of which nothing has been analysed."""
+    fresh = program.copy()
+    fresh._analyses = {}
+    manager = fxc.PassManager(PIPELINE, instruments=[])
+    return lambda: manager.run(fresh).program
+
+
+def theirs(model: nn.Module, example: torch.Tensor) -> Callable[[], nn.Module]:
+    """Torch-Pruning's work on a copy of the model."""
+    import torch_pruning
+
+    slim = copy.deepcopy(model)
+    head = [layer for layer in slim.modules() if isinstance(layer, nn.Linear)][-1]
+
+    def work() -> nn.Module:
+        criterion = torch_pruning.importance.MagnitudeImportance(p=2)
+        pruner = torch_pruning.pruner.MagnitudePruner(
+            slim, example, importance=criterion, pruning_ratio=0.5, ignored_layers=[head]
+        )
+        pruner.step()
+        return slim
+
+    return work
+
+
+def beside_torch_pruning(name: str, rounds: int) -> dict[str, Any]:
+    """One torchvision model, with random weights."""
+    import torchvision
+
+    model = getattr(torchvision.models, name)(weights=None).eval()
+    example = torch.randn(2, 3, 224, 224)
+    capture_s, program = seconds(lambda: fxc.trace(model, example))
+    own: list[float] = []
+    peer: list[float] = []
+    theirs_left, note = None, "" if importlib.util.find_spec("torch_pruning") else "Torch-Pruning is not installed"
+    for _ in range(rounds):
+        duration, slim = seconds(ours(program))
+        own.append(duration)
+        ours_left = share(slim.graph_module, model)
+        if not note or peer:
+            try:
+                duration, pruned = limited(theirs(model, example[:1]))
+                peer.append(duration)
+                theirs_left = share(pruned, model)
+                pruned(example)
+            except Exception as error:  # whatever it fails with is the note
+                happened = "its result does not run" if peer else "it fails"
+                note = f"{happened}: {type(error).__name__}: {str(error).strip().splitlines()[0][:60]}"
+    theirs_s = statistics.median(peer) if peer else None
+    return {
+        **timed(name, program, capture_s, own), "theirs_s": theirs_s,
+        "ratio": theirs_s and round(theirs_s / statistics.median(own), 2),
+        "ours_left": ours_left, "theirs_left": theirs_left, "note": note, "rounds": rounds,
+    }  # fmt: skip
+
+
+def timed(subject: str, program: fxc.Program, capture_s: float, own: list[float]) -> dict[str, Any]:
+    ours_s, nodes = statistics.median(own), len(program.graph.nodes)
+    return {
+        "subject": subject, "nodes": nodes, "capture_s": round(capture_s, 3), "ours_s": round(ours_s, 4),
+        "ms_per_node": round(1000 * ours_s / nodes, 4),
+    }  # fmt: skip
+
+
+def limited(work: Callable[[], nn.Module]) -> tuple[float, nn.Module]:
+    """Seconds of Torch-Pruning, which is stopped when it takes too long."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"not done in {LIMIT_S} s")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(LIMIT_S)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(None):
+            warnings.simplefilter("ignore")
+            return seconds(work)
+    finally:
+        signal.alarm(0)
+
+
+def share(slim: nn.Module, model: nn.Module) -> float:
+    """Parameters left."""
+    counts = [sum(parameter.numel() for parameter in module.parameters()) for module in (slim, model)]
+    return round(counts[0] / counts[1], 3)
+
+
+def grown(depths: list[int], rounds: int) -> list[dict[str, Any]]:
+    """One Llama at several depths, interleaved."""
+    programs: dict[int, tuple[float, fxc.Program]] = {}
+    for depth in depths:
+        model, inputs = llama(depth)
+        programs[depth] = seconds(lambda model=model, inputs=inputs: fxc.trace(model, inputs))
+    times: dict[int, list[float]] = {depth: [] for depth in depths}
+    for _ in range(rounds):
+        for depth, (_, program) in programs.items():
+            times[depth].append(seconds(ours(program))[0])
+    return [
+        {**timed(f"llama {depth} layers", program, capture_s, times[depth]), "rounds": rounds}
+        for depth, (capture_s, program) in programs.items()
+    ]
+
+
+def llama_8b() -> dict[str, Any]:
+    """Analysis and plan of Llama 3.1 8B's shape; there are no weights to rank, so units are ranked at random."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, use_cache=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).eval()
+        inputs = {"input_ids": torch.zeros(2, 128, dtype=torch.long)}
+    capture_s, program = seconds(lambda: fxc.trace(model, inputs))
+    before_gb = peak_gb()
+    analysis_s, _ = seconds(lambda: fxc.analyze(program, "channels"))
+    plan_s, _ = seconds(lambda: fxc.analyze(program, "select-channels{ratio=0.5 criterion=random}"))
+    return {
+        "subject": "llama 8B", "nodes": len(program.graph.nodes), "capture_s": round(capture_s, 2),
+        "analysis_s": round(analysis_s, 3), "plan_s": round(plan_s, 3), "peak_gb": peak_gb(), "before_gb": before_gb,
+    }  # fmt: skip
+
+
+def peak_gb() -> float:
+    """The most memory that this process has held."""
+    status = Path("/proc/self/status").read_text()  # getrusage counts what the parent held as well
+    return round(int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 2**20, 2)  # type: ignore[index]
+
+
+def in_own_process() -> dict[str, Any]:
+    done = subprocess.run([sys.executable, __file__, "--shape"], stdout=subprocess.PIPE, text=True, check=True)
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+def summary(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """The claims, each with its figure."""
+    ratios = [row["ratio"] for row in rows if row.get("ratio")]
+    if ratios:
+        mean = math.exp(statistics.fmean(map(math.log, ratios)))
+        yield f"{mean:.1f} times as fast as Torch-Pruning in the geometric mean of {len(ratios)} models"
+    found = {row["subject"]: row for row in rows}
+    for small, large in (("resnet18", "resnet152"), ("llama 2 layers", "llama 64 layers")):
+        if small in found and large in found:
+            growth = found[large]["ms_per_node"] / found[small]["ms_per_node"]
+            yield f"time per node of {large} is {growth:.2f} that of {small}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
