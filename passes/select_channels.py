@@ -2,27 +2,50 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 import numpy as np
+from fxcompress.passes.channels.counts import counts_of
 from fxcompress.passes.channels.criteria import Evidence, criterion_of
-from fxcompress.passes.channels.groups import ChannelReport
+from fxcompress.passes.channels.criteria.totals import Scores
+from fxcompress.passes.channels.frozen import frozen
+from fxcompress.passes.channels.groups import ChannelGroup, ChannelReport
+from fxcompress.passes.channels.patterns import Patterns
 from fxcompress.passes.channels.plan import ChannelPlan, Removal, digest
+from fxcompress.passes.channels.price import Price
+from fxcompress.passes.channels.ranking import Candidate, Ranking
+from fxcompress.passes.channels.roles import Roles
+from fxcompress.passes.channels.selection import Selection
+from fxcompress.passes.channels.units import Mask
 
 from fxcompress.errors import InputError
 from fxcompress.ir.program import Program
-from fxcompress.pass_base import Analysis
+from fxcompress.pass_base import Analysis, Refusal
 from fxcompress.task import Task
+
+_RATIO = 0.5
 
 
 @dataclass(frozen=True)
 class SelectChannels(Analysis[ChannelPlan]):
     """Plans which channels, heads and groups to remove.
 
+    A pattern such as ``layer4.*`` means the channels that the parameters of that name make; one with a dim, such as
+    ``fc.weight:1``, whatever channels are there.
+
     Attributes:
-        ratio: Share of each group's units to remove, from 0 to below 1.
+        ratio: Share of each group's units to remove, from 0 to below 1; 0.5 unless ``macs`` asks for another.
+        macs: Share of the multiply-accumulates to keep; the ratio that gives it is searched for.
+        ratios: Ratios of the groups that a pattern matches; the first that matches wins.
+        ignore: Patterns of groups to keep whole.
         criterion: How importance is measured.
+        scope: What is ranked together: each group (uniform), all (global), or those built alike (isomorphic).
+        factors: Which factors of products to remove from: outer (heads, groups), inner (head dims, channels in a
+            group), or all.
+        round_to: Keep multiples of this many channels in each dim, rounded up.
+        min_width: Keep at least this many units of each group.
         batches: How many of the task's batches a criterion that needs data looks at.
         seed: Seed of criterion=random and of the order of batches.
     """
@@ -30,26 +53,94 @@ class SelectChannels(Analysis[ChannelPlan]):
     name: ClassVar[str] = "select-channels"
     requires: ClassVar[tuple[str, ...]] = ("channels",)
 
-    ratio: float = 0.5
+    ratio: float | None = None
+    macs: float | None = None
+    ratios: Mapping[str, float] = field(default_factory=dict)
+    ignore: tuple[str, ...] = ()
     criterion: str = "l2"
+    scope: Literal["uniform", "global", "isomorphic"] = "uniform"
+    factors: Literal["all", "outer", "inner"] = "all"
+    round_to: int = 1
+    min_width: int = 1
     batches: int = 16
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         criterion_of(self.criterion)
-        if not 0 <= self.ratio < 1:
-            raise InputError(f"ratio must be at least 0 and below 1, not {self.ratio}")
+        for what, ratio in (("ratio", self.ratio), *((f"ratios of {name!r}", r) for name, r in self.ratios.items())):
+            if ratio is not None and not 0 <= ratio < 1:
+                raise InputError(f"{what} must be at least 0 and below 1, not {ratio:g}: it is the share to remove")
+        if self.macs is not None and not 0 < self.macs <= 1:
+            raise InputError(f"macs must be above 0 and at most 1, not {self.macs:g}: it is the share to keep")
+        if self.macs is not None and self.ratio is not None:
+            raise InputError("ratio and macs both say how much to remove; give one")
+        for option in ("round_to", "min_width", "batches"):
+            if getattr(self, option) < 1:
+                raise InputError(f"{option.replace('_', '-')} must be at least 1, not {getattr(self, option)}")
 
     def run(self, program: Program, task: Task | None) -> ChannelPlan:
         report: ChannelReport = program.analyze("channels")
-        scores = criterion_of(self.criterion).measure(Evidence(program, report, task, self.batches, self.seed))
-        removals = []
-        for index, group in enumerate(report.groups):
-            count = min(int(self.ratio * len(group)), len(group) - 1)
-            if count > 0:
-                order = np.argsort(scores[group.units], kind="stable")
-                gone = tuple(sorted(order[:count].tolist()))
-                members = tuple(map(str, group.members))
-                removals.append(Removal(index, group.name, group.factor, len(group), gone, members, self.criterion))
-        return ChannelPlan(digest(program), tuple(removals))
+        refusals = [*frozen(program, report)]
+        candidates = tuple(self._candidates(program, report, task, refusals))
+        ranking, counts = Ranking(candidates), counts_of(report)
+        selection = Selection(report, counts, ranking, self.round_to)
+        price = Price(program, report, counts)
+        ratio = self._ratio(selection, price)
+        removed = selection.removed(ratio)
+        removals = tuple(self._removals(candidates, removed, ratio))
+        macs = price.macs(report.removed_mask([])), price.macs(removed)
+        return ChannelPlan(digest(program), removals, tuple(refusals), str(self), macs)
+
+    def _ratio(self, selection: Selection, price: Price) -> float:
+        if self.macs is not None:
+            return selection.ratio_for(price, self.macs)
+        return _RATIO if self.ratio is None else self.ratio
+
+    def _candidates(
+        self, program: Program, report: ChannelReport, task: Task | None, refusals: list[Refusal]
+    ) -> Iterator[Candidate]:
+        """The groups to remove from; those that are left out go to the refusals."""
+        roles, criterion = Roles(program), criterion_of(self.criterion)
+        ignored = Patterns("ignore", self.ignore, report, roles)
+        ratios = Patterns("ratios", self.ratios, report, roles)
+        if not report.groups:
+            return
+        scores = criterion.measure(Evidence(program, report, task, self.batches, self.seed))
+        for number, group in enumerate(report.groups):
+            ignored_by = ignored.first(number)
+            if ignored_by is not None:
+                refusals.append(Refusal("ignored", group.name, f"ignore has {ignored_by!r}"))
+            elif np.isnan(scores[group.units]).any():
+                why = f"criterion={self.criterion} says nothing about it; take another criterion to remove from it"
+                refusals.append(Refusal("no-score", group.name, why))
+            elif self.factors in ("all", group.factor) or group.factor == "whole":
+                own = scores[group.units] if criterion.comparable else _by_mean(scores[group.units])
+                pool = _POOL[self.scope](roles, number, group)
+                pattern = ratios.first(number)
+                ratio = None if pattern is None else self.ratios[pattern]
+                yield Candidate(number, group, own, pool, ratio, self.min_width, pattern)
+
+    def _removals(self, candidates: Iterable[Candidate], removed: Mask, ratio: float) -> Iterator[Removal]:
+        for each in candidates:
+            gone = np.flatnonzero(removed[each.group.units])
+            if len(gone):
+                share = f"ratio {ratio:.3g}" if each.ratio is None else f"ratio {each.ratio:g} of {each.pattern!r}"
+                yield Removal(
+                    each.number, each.group.name, each.group.factor, len(each.group), tuple(gone.tolist()),
+                    tuple(map(str, each.group.members)), f"{self.criterion}, {share}"
+                )  # fmt: skip
+
+
+def _by_mean(scores: Scores) -> Scores:
+    """Scores that compare between groups: 1 is the mean of the group."""
+    mean = float(scores.mean())
+    return scores / mean if mean > 0 else np.ones_like(scores)
+
+
+_POOL: Mapping[str, Callable[[Roles, int, ChannelGroup], Hashable]] = {
+    "uniform": lambda roles, number, group: number,
+    "global": lambda roles, number, group: None,
+    "isomorphic": lambda roles, number, group: roles.structure(group),
+}
+"""Scope -> what the groups that are ranked together have in common (isomorphic: arXiv:2407.04616)."""

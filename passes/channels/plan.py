@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
+from fxcompress.passes.channels.counts import counts_of
 from fxcompress.passes.channels.groups import ChannelReport
 from fxcompress.passes.channels.units import Array, Mask
 from tabulate import tabulate
 
 from fxcompress.errors import InputError
 from fxcompress.ir.program import Program
+from fxcompress.pass_base import Refusal
+from fxcompress.report.formatting import MACS, counted
 
 FORMAT = 1
+
+_KINDS = {"whole": "channels", "outer": "outer factor", "inner": "inner factor"}
+_MEMBERS = 4
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -27,7 +36,7 @@ class Removal:
         name: Its first member, ``parameter:dim``.
         factor: ``whole``, ``outer`` or ``inner``, as in the report.
         size: Units of the group.
-        removed: Places of those that go, within the group.
+        removed: Places of those that go, within the group, ascending.
         members: All its members.
         reason: Why these.
     """
@@ -48,49 +57,78 @@ class ChannelPlan:
     Attributes:
         model: Digest of the structure that the plan is for; weights do not count.
         removals: What goes, by group; groups that stay whole are left out.
-        notes: What could not be chosen, and why.
+        refusals: What stays although it could have been meant, and why.
+        source: What made it: the pass, as pipeline text.
+        macs: Multiply-accumulates of one sample before and after, if known.
     """
 
     model: str
     removals: tuple[Removal, ...]
-    notes: tuple[str, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    source: str = "the plan"
+    macs: tuple[int, int] | None = None
 
     def __repr__(self) -> str:
         gone = sum(len(removal.removed) for removal in self.removals)
-        return f"ChannelPlan(removes {gone} units from {len(self.removals)} groups)"
+        return f"ChannelPlan(removes {counted(gone, 'unit')} from {counted(len(self.removals), 'group')})"
 
     def explain(self) -> str:
-        """A table of what goes, from where and why, and what stays and why."""
-        rows = [
-            (r.name, r.factor, f"{len(r.removed)} of {r.size}", len(r.members), r.reason or "-") for r in self.removals
-        ]
-        table = tabulate(rows, ["group", "factor", "removed", "dims", "why"])
-        return "\n".join([table, *self.notes])
+        """What goes, from where and why, and what stays and why."""
+        lines = [*self._summary()]
+        if self.removals:
+            rows = [
+                (r.name, _KINDS[r.factor], f"{r.size} -> {r.size - len(r.removed)}", _members(r), r.reason)
+                for r in self.removals
+            ]
+            lines += ["", tabulate(rows, ["group", "of", "kept", "dims", "why"])]
+        if self.refusals:
+            lines += ["", "What stays:", *(f"  {refusal}" for refusal in self.refusals)]
+        return "\n".join(lines)
+
+    def _summary(self) -> Iterator[str]:
+        gone, size = sum(len(r.removed) for r in self.removals), sum(r.size for r in self.removals)
+        if not gone:
+            yield f"{self.source} removes nothing."
+            return
+        yield f"{self.source} removes {gone} of {counted(size, 'unit')} from {counted(len(self.removals), 'group')}."
+        if self.macs is not None:
+            before, after = self.macs
+            yield f"MACs: {MACS.text(before)} -> {MACS.text(after)} ({after / max(before, 1):.1%})"
 
     def to_json(self) -> str:
-        """The plan as JSON text."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
+        """The plan as JSON text, one line a group."""
+        data = asdict(self)
+        lists = {name: [json.dumps(entry) for entry in data.pop(name)] for name in ("removals", "refusals")}
+        lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in {"format": FORMAT, **data}.items()]
+        lines += [f"{json.dumps(name)}: [" + ",\n  ".join(entries) + "]" for name, entries in lists.items()]
+        return "{" + ",\n ".join(lines) + "}\n"
 
     @classmethod
     def from_json(cls, text: str) -> ChannelPlan:
         """Reads what :meth:`to_json` wrote.
 
         Raises:
-            InputError: The text is no plan.
+            InputError: The text is no plan, or one of another format.
         """
         try:
-            data = json.loads(text)
+            data = _entry(json.loads(text))
             if data["format"] != FORMAT:
-                raise InputError(f"the plan has format {data['format']}; this version reads {FORMAT}")
-            return cls(str(data["model"]), tuple(_removal(entry) for entry in data["removals"]), tuple(data["notes"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"this is no channel plan: {error!r}; write one with ChannelPlan.to_json") from error
+                raise InputError(f"the plan has format {data['format']!r}; this version reads {FORMAT}")
+            return cls(
+                model=_text(data["model"]),
+                source=_text(data["source"]),
+                removals=_list(lambda entry: _removal(_entry(entry)), data["removals"]),
+                refusals=_list(lambda entry: Refusal(**_texts(_entry(entry))), data["refusals"]),
+                macs=None if data["macs"] is None else _pair(data["macs"]),
+            )
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise InputError(f"this is no channel plan ({error!r}); write one with ChannelPlan.to_json") from error
 
     def mask(self, program: Program, report: ChannelReport) -> Mask:
         """The units to remove, for the report of the Program that the plan is for.
 
         Raises:
-            InputError: The plan is for a Program of another structure, or its numbers do not fit the groups.
+            InputError: The plan is for a Program of another structure, or leaves nothing of a tensor.
         """
         found = digest(program)
         if found != self.model:
@@ -101,6 +139,8 @@ class ChannelPlan:
         mask = report.removed_mask([])
         for removal in self.removals:
             mask[_units(report, removal)] = True
+        for name, _ in counts_of(report).emptied(mask):
+            raise InputError(f"the plan leaves nothing of a dim of {name}; leave at least one of its channels")
         return mask
 
 
@@ -121,17 +161,72 @@ def _units(report: ChannelReport, removal: Removal) -> Array:
     return units[list(removal.removed)]
 
 
-def _removal(entry: Mapping[str, Any]) -> Removal:
-    given = {**entry, "removed": tuple(map(int, entry["removed"])), "members": tuple(map(str, entry["members"]))}
-    return Removal(**given)
+def _members(removal: Removal) -> str:
+    shown = ", ".join(removal.members[:_MEMBERS])
+    more = len(removal.members) - _MEMBERS
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+def _removal(entry: dict[str, Any]) -> Removal:
+    lists = {"removed": _list(_whole, entry.pop("removed")), "members": _list(_text, entry.pop("members"))}
+    numbers = {name: _whole(entry.pop(name)) for name in ("group", "size")}
+    made = Removal(**lists, **numbers, **_texts(entry))  # type: ignore[arg-type]
+    if made.factor not in _KINDS:
+        raise ValueError(f"the factor {made.factor!r}")
+    return made
+
+
+def _list(read: Callable[[Any], T], value: Any) -> tuple[T, ...]:
+    if not isinstance(value, list):
+        raise TypeError(f"{value!r} in place of a list")
+    return tuple(map(read, value))
+
+
+def _entry(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"{value!r} in place of an object")
+    return value
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{value!r} in place of a whole number")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} in place of text")
+    return value
+
+
+def _texts(entry: dict[str, Any]) -> dict[str, str]:
+    return {name: _text(value) for name, value in entry.items()}
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    before, after = _list(_whole, value)
+    return before, after
 
 
 def digest(program: Program) -> str:
-    """A digest of a Program's structure: graph, shapes and names, not the weights' values."""
-    shapes = [f"{name}{tuple(tensor.shape)}" for name, tensor in program.graph_module.named_parameters()]
-    shapes += [f"{name}{tuple(tensor.shape)}" for name, tensor in program.graph_module.named_buffers()]
-    return hashlib.sha256("\n".join([*map(_line, program.nodes), *shapes]).encode()).hexdigest()
+    """A digest of a Program's structure and of its channel dependencies; the weights' values do not count.
 
-
-def _line(node: Any) -> str:
-    return f"{node.name} {node.op} {node.target} {node.args} {node.kwargs}"
+    It has all that a plan refers to: the graph, the layers' options, and which unit each element of each parameter
+    carries, so that the numbers in a plan mean the same wherever the digest is equal.
+    """
+    report: ChannelReport = program.analyze("channels")
+    found = hashlib.sha256()
+    for node in program.nodes:
+        module = program.graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        found.update(f"{node.name} {node.op} {node.target} {node.args} {node.kwargs} {module!r}\n".encode())
+    places = np.full(report.units.count + 1, -1, "<i8")
+    for number, group in enumerate(report.groups):
+        found.update(f"{number} {group.factor} {len(group)} {group.members}\n".encode())
+        places[group.units] = np.arange(len(group)) + (number << 32)
+    for name, layout in report.state.items():
+        found.update(f"{name} {[factor.size for dim in layout for factor in dim]}\n".encode())
+        for dim in layout:
+            for factor in dim:
+                found.update(places[report.resolved(factor)].tobytes())
+    return found.hexdigest()

@@ -72,6 +72,10 @@ class Units:
         found: Array = np.where(roots == NONE, _FREE, self._frozen_by[roots]).max(axis=1, initial=_FREE)
         return found
 
+    def carried(self, array: Array) -> Array:
+        """What the elements carry by now, those that stay for good included."""
+        return _compact(self._expand(array))
+
     def resolve(self, array: Array) -> Array:
         """What the elements carry by now: roots that can be removed, each once a row."""
         roots = self._expand(array)

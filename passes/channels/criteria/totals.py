@@ -104,13 +104,17 @@ def marginals(each: Each, dims: Iterable[int], *tensors: torch.Tensor) -> dict[i
     pieces = zip(*(torch.split(tensor.detach(), rows) for tensor in tensors), strict=True)
     for number, piece in enumerate(pieces):
         values = each(*(tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in piece))
-        inner = [dim for dim in range(len(shape)) if dim not in wanted]
-        values = values.sum(inner, keepdim=True) if inner else values
         for dim, sums in wanted.items():
-            others = [other for other in wanted if other != dim]
-            found = (values.sum(others, keepdim=True) if others else values).reshape(-1).cpu().double()
+            found = _marginal(values, dim).cpu().double()
             if dim == 0:
                 sums[number * rows :][: len(found)] = found
             else:
                 sums += found
     return {dim: sums.numpy() for dim, sums in wanted.items()}
+
+
+def _marginal(values: torch.Tensor, dim: int) -> torch.Tensor:
+    """Sums over all dims but one: first those before it, then those after it, which torch does fastest."""
+    if dim > 0:
+        values = values.flatten(0, dim - 1).sum(0)
+    return values.reshape(len(values), -1).sum(1)
