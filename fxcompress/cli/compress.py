@@ -169,7 +169,7 @@ def _show(report: Report, terminal: Terminal) -> None:
     terminal.table(
         ["|pass", ">time", "|did", "|error"],
         [
-            [row.text, seconds(row.seconds), row.counts if row.changed else "nothing to do", row.error]
+            [row.text, seconds(row.seconds), row.counts or "nothing to do", row.error]
             for row in report.passes
         ],
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,13 +34,19 @@ class Record:
 
     def __str__(self) -> str:
         """The pass with what it did: ``fold-batchnorm (folded 20, 1 refusal)``."""
+        done = [f"{name} {count}" for name, count in self.statistics.items() if count]
         if self.result is None:
-            return self.text
-        done = [f"{name} {count}" for name, count in self.result.statistics.items() if count]
+            return f"{self.text} ({', '.join(done)})" if done else self.text
         refused = len(self.result.refusals)
         if refused:
             done.append(f"{refused} refusal{'s' * (refused > 1)}")
         return f"{self.text} ({', '.join(done) or 'nothing to do'})"
+
+    @property
+    def statistics(self) -> Mapping[str, int | float]:
+        """Counts by name: what a transform did, or what an analysis says of its value in ``statistics``."""
+        found = self.result if self.result is not None else self.value
+        return dict(getattr(found, "statistics", {}))
 
     @property
     def text(self) -> str:

@@ -129,7 +129,7 @@ def _pass_row(record: Record) -> PassRow:
         text=record.text,
         seconds=record.seconds,
         changed=record.changed,
-        statistics=dict(result.statistics) if result is not None else {},
+        statistics=record.statistics,
         refusals=tuple(result.refusals) if result is not None else (),
         comparison=record.comparison,
     )

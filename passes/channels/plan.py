@@ -72,6 +72,12 @@ class ChannelPlan:
         gone = sum(len(removal.removed) for removal in self.removals)
         return f"ChannelPlan(removes {counted(gone, 'unit')} from {counted(len(self.removals), 'group')})"
 
+    @property
+    def statistics(self) -> dict[str, int | float]:
+        """Counts for the report."""
+        gone = sum(len(removal.removed) for removal in self.removals)
+        return {"chose units": gone, "in groups": len(self.removals)}
+
     def explain(self) -> str:
         """What goes, from where and why, and what stays and why."""
         lines = [*self._summary()]
