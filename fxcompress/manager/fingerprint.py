@@ -7,62 +7,96 @@ not; :func:`checksums` sees that, at the cost of reading every weight).
 from __future__ import annotations
 
 import functools
+import operator
 import zlib
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from fxcompress.ir.program import Program
+from fxcompress.ir.program import Interface, Program
 
-_DERIVED_META = ("val", "tensor_meta")
+_DERIVED_META = frozenset({"val", "tensor_meta"})
 """Node metadata that follows from the graph; the verifier checks it."""
 
+_PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype})
 
-@dataclass(frozen=True)
+_Node = tuple[str, Any, tuple[Any, ...], Mapping[str, Any], Mapping[str, Any]]
+
+
+@dataclass(frozen=True, eq=False)
 class Fingerprint:
-    """Parts of a Program by what they are called; equal fingerprints mean equal Programs.
+    """What there is in a Program, by name and in order; :func:`difference` compares two.
+
+    What can be replaced but not written into (a node's arguments) is kept as it is, and only taken apart where the
+    other Fingerprint has another object in its place.
 
     Attributes:
-        parts: Label such as ``node 'relu'`` or ``tensor 'conv.weight'`` -> what is there, in graph order.
-        kept: Objects that are told apart by address, held so that no address is used again.
+        interface: How the Program is called.
+        modules: Types, attributes, and which buffers are not saved.
+        tensors: Identities and versions.
+        nodes: Operator, target, arguments and metadata.
+        kept: Tensors, so that no address is used again.
     """
 
-    parts: Mapping[str, Hashable]
-    kept: tuple[Any, ...] = field(compare=False, repr=False)
+    interface: Interface
+    modules: Mapping[str, Any]
+    tensors: Mapping[str, Hashable]
+    nodes: Mapping[str, _Node]
+    kept: tuple[torch.Tensor, ...]
 
 
 def fingerprint(program: Program) -> Fingerprint:
     """The fingerprint of a Program; O(nodes + modules), reads no tensor."""
-    parts: dict[str, Hashable] = {"interface": id(program.interface)}
-    kept: list[Any] = [program.interface]
-    for node in program.nodes:
-        meta = {key: value for key, value in node.meta.items() if key not in _DERIVED_META}
-        kept += meta.values()
-        parts[f"node {node.name!r}"] = (
-            node.op, _freeze(node.target), _freeze(node.args), _freeze(node.kwargs), _identities(meta)
-        )  # fmt: skip
-    for path, module in program.graph_module.named_modules(remove_duplicate=False):
-        if path:
-            parts[f"module {path!r}"] = (type(module), _freeze(_attributes(module)))
-    for name, tensor in _state(program):
-        kept.append(tensor)
-        parts[f"tensor {name!r}"] = (id(tensor), _version(tensor), type(tensor), tensor.requires_grad)
-    parts["order of nodes"] = tuple(node.name for node in program.nodes)
-    parts["persistent state"] = tuple(program.graph_module.state_dict(keep_vars=True))
-    return Fingerprint(parts, tuple(kept))
+    modules: dict[str, Any] = {}
+    tensors: dict[str, Hashable] = {}
+    kept: list[torch.Tensor] = []
+    pending: list[tuple[str, nn.Module]] = [("", program.graph_module)]
+    for path, module in pending:
+        own = (type(module), _attributes(module)) if path else None  # the root has a class and attributes for its graph
+        modules[path] = (own, frozenset(module._non_persistent_buffers_set))
+        prefix = f"{path}." if path else ""
+        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                kept.append(tensor)
+                tensors[prefix + leaf] = (id(tensor), _version(tensor), type(tensor), tensor.requires_grad)
+        pending += [(prefix + name, child) for name, child in module._modules.items() if child is not None]
+    nodes = {node.name: (node.op, node.target, node.args, node.kwargs, dict(node.meta)) for node in program.nodes}
+    return Fingerprint(program.interface, modules, tensors, nodes, tuple(kept))
 
 
 def difference(before: Fingerprint, after: Fingerprint) -> str | None:
     """The first part that differs, in words, or ``None`` when nothing does."""
-    for label, part in before.parts.items():
-        if label not in after.parts:
-            return f"{label} is gone"
-        if part != after.parts[label]:
-            return f"{label} is different"
-    return next((f"{label} is new" for label in after.parts if label not in before.parts), None)
+    if before.interface is not after.interface:
+        return "the interface is different"
+    return (
+        _difference("module", before.modules, after.modules, operator.eq)
+        or _difference("tensor", before.tensors, after.tensors, operator.eq)
+        or _difference("node", before.nodes, after.nodes, _same_node)
+    )
+
+
+def _difference(
+    kind: str, before: Mapping[str, Any], after: Mapping[str, Any], same: Callable[[Any, Any], bool]
+) -> str | None:
+    for name, part in before.items():
+        if name not in after:
+            return f"{kind} {name!r} is gone"
+        if not same(part, after[name]):
+            return f"{kind} {name!r} is different"
+    new = next((name for name in after if name not in before), None)
+    if new is not None:
+        return f"{kind} {new!r} is new"
+    return None if list(before) == list(after) else f"the order of {kind}s is different"
+
+
+def _same_node(a: _Node, b: _Node) -> bool:
+    *call, meta = a
+    *other_call, other_meta = b
+    same_call = all(x is y or _freeze(x) == _freeze(y) for x, y in zip(call, other_call, strict=True))
+    return same_call and _identities(meta) == _identities(other_meta)
 
 
 def checksums(program: Program) -> dict[str, int]:
@@ -90,12 +124,20 @@ def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in vars(module).items() if not name.startswith("_")}
+def _attributes(module: nn.Module) -> dict[str, Hashable]:
+    return {
+        name: (type(value), value) if type(value) in _PLAIN else _freeze(value)
+        for name, value in vars(module).items()
+        if name[0] != "_"
+    }
 
 
 def _identities(meta: Mapping[str, Any]) -> Hashable:
-    return tuple((key, value if isinstance(value, (str, int, float)) else id(value)) for key, value in meta.items())
+    return tuple(
+        (key, value if isinstance(value, (str, int, float)) else id(value))
+        for key, value in meta.items()
+        if key not in _DERIVED_META
+    )
 
 
 @functools.singledispatch
