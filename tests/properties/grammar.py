@@ -94,9 +94,7 @@ def language_model(draw, production):
         return F.linear(x, m.words.weight) if tied else m.head(x)[:, -1]
 
     layers = {"words": nn.Embedding(9, channels), "places": nn.Embedding(length, channels)}
-    ends = (
-        {"back": nn.Linear(out, channels)}
-        if tied
-        else {"back": nn.Linear(out, channels), "head": nn.Linear(channels, 9)}
+    head = {} if tied else {"head": nn.Linear(channels, 9)}
+    return Wire(forward, **layers, body=body, back=nn.Linear(out, channels), **head), torch.tensor(
+        [[0, 3, 1, 8], [2, 2, 7, 5]]
     )
-    return Wire(forward, **layers, body=body, **ends), torch.tensor([[0, 3, 1, 8], [2, 2, 7, 5]])

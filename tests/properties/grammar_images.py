@@ -1,4 +1,4 @@
-"""Productions over images (N, channels, 4, 4): each draws a module for a number of channels, and says how many it gives.
+"""Productions over images (N, channels, 4, 4): each draws a module, and says how many channels it gives.
 
 The wirings are those of published networks; sizes are as small as keeps every structure.
 """

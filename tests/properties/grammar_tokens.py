@@ -213,9 +213,8 @@ def experts(draw, tokens, channels):
 
     router = nn.Linear(channels, count)
     if together:
-        return Wire(
-            in_one_tensor, up=weight(count, channels, hidden), down=weight(count, hidden, channels), router=router
-        )
+        up, down = weight(count, channels, hidden), weight(count, hidden, channels)
+        return Wire(in_one_tensor, up=up, down=down, router=router)
     layers = [nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels)) for _ in range(count)]
     return Wire(one_by_one, router=router, experts=nn.ModuleList(layers))
 
@@ -244,19 +243,15 @@ def normed_sum(m, x):
 
 
 LAYERS = (linear, norm, activation, one_dim_convolution, recurrent)
-BODIES = tuple(
-    map(
-        beside,
-        (
-            attention,
-            grouped_queries,
-            rotary,
-            cross,
-            talking_heads,
-            library_attention,
-            hidden_units,
-            token_mixing,
-            experts,
-        ),
-    )
+PARTS = (
+    attention,
+    grouped_queries,
+    rotary,
+    cross,
+    talking_heads,
+    library_attention,
+    hidden_units,
+    token_mixing,
+    experts,
 )
+BODIES = tuple(map(beside, PARTS))

@@ -39,9 +39,8 @@ def choose(report, rng):
 
 def empties(report, removed):
     """Whether a dim would lose all its elements."""
-    layouts = [
-        layout for found in report.layouts.values() for layout in (found if isinstance(found, list) else [found])
-    ]
+    listed = [found if isinstance(found, list) else [found] for found in report.layouts.values()]
+    layouts = [layout for found in listed for layout in found]
     dims = (dim for layout in (*layouts, *report.state.values()) for dim in layout)
     return any(mask is not None and not mask.any() for dim in dims for mask in report.kept(dim, removed))
 
