@@ -168,10 +168,7 @@ def _show(report: Report, terminal: Terminal) -> None:
     terminal.line()
     terminal.table(
         ["|pass", ">time", "|did", "|error"],
-        [
-            [row.text, seconds(row.seconds), row.counts or "nothing to do", row.error]
-            for row in report.passes
-        ],
+        [[row.text, seconds(row.seconds), row.counts or "nothing to do", row.error] for row in report.passes],
     )
     if report.refusals:
         terminal.heading(f"\n{counted(len(report.refusals), 'refusal')}")

@@ -172,7 +172,7 @@ def _groups(program: Program, units: Units, state: Mapping[str, Layout]) -> Iter
     trainable: list[bool] = []
     found_units: list[Array] = []
     found_members: list[Array] = []
-    factor = np.zeros(units.count, np.int64)
+    level = np.zeros(units.count, np.int64)
     seen: set[int] = set()
     parameters = {name for name, _ in program.graph_module.named_parameters(remove_duplicate=False)}
     for name, layout in state.items():
@@ -184,7 +184,7 @@ def _groups(program: Program, units: Units, state: Mapping[str, Layout]) -> Iter
                 assert elements.units is not None
                 assert len(factors) == 1
                 carried = units.resolve(elements.units)
-                _mark_factors(carried, factor)
+                _mark_levels(carried, level)
                 distinct = np.unique(carried[carried != NONE])
                 if len(distinct):
                     found_units.append(distinct)
@@ -193,32 +193,35 @@ def _groups(program: Program, units: Units, state: Mapping[str, Layout]) -> Iter
                     trainable.append(name in parameters)
     if members:
         yield from _grouped(
-            np.concatenate(found_units), np.concatenate(found_members), members, np.array(trainable), factor
+            np.concatenate(found_units), np.concatenate(found_members), members, np.array(trainable), level
         )
 
 
 _FACTORS = ("whole", "outer", "inner")
 
 
-def _mark_factors(carried: Array, factor: Array) -> None:
-    """Where elements carry several units, the first is an outer factor, the others are inner ones."""
+def _mark_levels(carried: Array, level: Array) -> None:
+    """Where elements carry several units, the first is of level 1, the next of level 2, and so on.
+
+    The first dim that says so wins: units of one element then never are in one group, whose choice could empty a dim.
+    """
     if carried.shape[1] < 2:
         return
     known = carried != NONE
-    several = known.sum(1) > 1
-    first = known.argmax(1)
+    place = np.where(known.sum(1, keepdims=True) > 1, known.cumsum(1), 0)
+    place[~known | (level[carried] > 0)] = 0
     for column in range(carried.shape[1]):
-        rows = several & known[:, column]
-        np.maximum.at(factor, carried[rows, column], np.where(first[rows] == column, 1, 2))
+        rows = place[:, column] > 0
+        level[carried[rows, column]] = place[rows, column]
 
 
 def _grouped(
-    units: Array, member_of: Array, members: list[Member], trainable: Mask, factor: Array
+    units: Array, member_of: Array, members: list[Member], trainable: Mask, level: Array
 ) -> Iterator[ChannelGroup]:
-    """Groups units by the set of their members and their factor, compared by a hash."""
+    """Groups units by the set of their members and their level, compared by a hash."""
     nodes, index = np.unique(units, return_inverse=True)
-    codes = np.random.default_rng(0).integers(1, 2**63, len(members) + len(_FACTORS), np.uint64)
-    signature = codes[len(members) + factor[nodes]]
+    codes = np.random.default_rng(0).integers(1, 2**63, len(members) + int(level.max()) + 1, np.uint64)
+    signature = codes[len(members) + level[nodes]]
     np.add.at(signature, index, codes[member_of])
     useful = np.zeros(len(nodes), np.bool_)
     np.logical_or.at(useful, index, trainable[member_of])
@@ -233,6 +236,6 @@ def _grouped(
             own = np.sort(member_of[by_unit[starts[representative] : starts[representative + 1]]])
             inside = nodes[by_group[bounds[number] : bounds[number + 1]]]
             places = tuple(members[member] for member in own)
-            found.append((own[0], inside[0], ChannelGroup(inside, places, _FACTORS[factor[inside[0]]])))
+            found.append((own[0], inside[0], ChannelGroup(inside, places, _FACTORS[min(level[inside[0]], 2)])))
     for _, _, group_ in sorted(found, key=lambda entry: entry[:2]):
         yield group_

@@ -378,6 +378,17 @@ def test_linear_attention():
     assert shapes(after) == {"q": (6, 8), "k": (6, 8), "v": (6, 8), "out": (8, 6)}
 
 
+def test_products_of_three_factors_lose_some_of_each():
+    def forward(m, x):
+        query, key = (layer(x).view(*x.shape[:2], 2, 4, 6) for layer in (m.q, m.k))
+        return m.head(torch.einsum("btxyz,bsxyz->bts", query, key))
+
+    after = prune(Wire(forward, q=nn.Linear(8, 48), k=nn.Linear(8, 48), head=nn.Linear(5, 3)), TOKENS)
+
+    assert "[%sym_size, 5, 1, 2, 3]" in after.text()
+    assert shapes(after) == {"q": (6, 8), "k": (6, 8), "head": (3, 5)}
+
+
 @pytest.mark.parametrize("routing", ["soft", "top-k weights"])
 def test_experts_lose_hidden_units(routing):
     def forward(m, x):
