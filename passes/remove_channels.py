@@ -11,7 +11,6 @@ from fxcompress.passes.channels.groups import ChannelReport
 from fxcompress.passes.channels.kept import kept_shapes
 from fxcompress.passes.channels.plan import ChannelPlan
 from fxcompress.passes.channels.removal import remove
-from fxcompress.passes.channels.units import Mask
 
 from fxcompress.analysis import latest
 from fxcompress.errors import InputError
@@ -39,26 +38,29 @@ class RemoveChannels(Transform):
     plan: str | None = None
 
     def run(self, program: Program, task: Task | None) -> PassResult:
-        report, mask = self._chosen(program)
+        plan = self._plan(program)
+        report: ChannelReport = program.analyze("channels")
+        mask = plan.mask(program, report)
         if not mask.any():
-            return PassResult(changed=False, statistics={"removed": 0})
+            return PassResult(changed=False, refusals=plan.refusals, statistics={"removed": 0})
         before = _parameters(program)
         remove(program, report, mask)
         share = 1 - _parameters(program) / before
         return PassResult(
-            changed=True, statistics={"removed": int(mask.sum()), "% of parameters": round(100 * share, 1)}
+            changed=True,
+            refusals=plan.refusals,
+            statistics={"removed": int(mask.sum()), "% of parameters": round(100 * share, 1)},
         )
 
     def kept(self, before: Program) -> Kept:
-        report, mask = self._chosen(before)
-        return kept_shapes(report, mask)
+        report: ChannelReport = before.analyze("channels")
+        return kept_shapes(report, self._plan(before).mask(before, report))
 
-    def _chosen(self, program: Program) -> tuple[ChannelReport, Mask]:
+    def _plan(self, program: Program) -> ChannelPlan:
         plan = _read(self.plan) if self.plan is not None else latest(program, "select-channels")
         if not isinstance(plan, ChannelPlan):
             raise InputError("remove-channels needs a plan: put select-channels before it, or give plan=FILE.json")
-        report: ChannelReport = program.analyze("channels")
-        return report, plan.mask(program, report)
+        return plan
 
 
 def _read(path: str) -> ChannelPlan:

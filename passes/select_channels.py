@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -13,7 +14,7 @@ from fxcompress.passes.channels.criteria.totals import Scores
 from fxcompress.passes.channels.frozen import frozen
 from fxcompress.passes.channels.groups import ChannelGroup, ChannelReport
 from fxcompress.passes.channels.patterns import Patterns
-from fxcompress.passes.channels.plan import ChannelPlan, Removal, digest
+from fxcompress.passes.channels.plan import ChannelPlan, Removal, digest, listed
 from fxcompress.passes.channels.price import Price
 from fxcompress.passes.channels.ranking import Candidate, Ranking
 from fxcompress.passes.channels.roles import Roles
@@ -82,6 +83,8 @@ class SelectChannels(Analysis[ChannelPlan]):
     def run(self, program: Program, task: Task | None) -> ChannelPlan:
         report: ChannelReport = program.analyze("channels")
         refusals = [*frozen(program, report)]
+        if not report.groups:
+            refusals.append(Refusal("nothing-removable", program.name, "no parameter has a channel that can go"))
         candidates = tuple(self._candidates(program, report, task, refusals))
         ranking, counts = Ranking(candidates), counts_of(report)
         selection = Selection(report, counts, ranking, self.round_to)
@@ -104,22 +107,21 @@ class SelectChannels(Analysis[ChannelPlan]):
         roles, criterion = Roles(program), criterion_of(self.criterion)
         ignored = Patterns("ignore", self.ignore, report, roles)
         ratios = Patterns("ratios", self.ratios, report, roles)
-        if not report.groups:
-            return
         scores = criterion.measure(Evidence(program, report, task, self.batches, self.seed))
+        left_out: dict[tuple[str, str, str], list[str]] = defaultdict(list)
         for number, group in enumerate(report.groups):
-            ignored_by = ignored.first(number)
-            if ignored_by is not None:
-                refusals.append(Refusal("ignored", group.name, f"ignore has {ignored_by!r}"))
-            elif np.isnan(scores[group.units]).any():
-                why = f"criterion={self.criterion} says nothing about it; take another criterion to remove from it"
-                refusals.append(Refusal("no-score", group.name, why))
+            own, keeper = scores[group.units], ignored.first(number)
+            if keeper is not None:
+                left_out["ignored", keeper, "ignore says to keep"].append(group.name)
+            elif not np.isfinite(own).all():
+                left_out["no-score", self.criterion, "this criterion gives no finite score to"].append(group.name)
             elif self.factors in ("all", group.factor) or group.factor == "whole":
-                own = scores[group.units] if criterion.comparable else _by_mean(scores[group.units])
-                pool = _POOL[self.scope](roles, number, group)
-                pattern = ratios.first(number)
+                pool, pattern = _POOL[self.scope](roles, number, group), ratios.first(number)
                 ratio = None if pattern is None else self.ratios[pattern]
-                yield Candidate(number, group, own, pool, ratio, self.min_width, pattern)
+                comparable = own if criterion.comparable else _by_mean(own)
+                yield Candidate(number, group, comparable, pool, ratio, self.min_width, pattern)
+        for (code, node, why), names in left_out.items():
+            refusals.append(Refusal(code, node, f"{why} {listed(names)}"))
 
     def _removals(self, candidates: Iterable[Candidate], removed: Mask, ratio: float) -> Iterator[Removal]:
         for each in candidates:

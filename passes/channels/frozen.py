@@ -10,14 +10,13 @@ import networkx as nx
 import numpy as np
 from fxcompress.passes.channels.counts import joined
 from fxcompress.passes.channels.groups import ChannelReport, Member
+from fxcompress.passes.channels.plan import listed
 from fxcompress.passes.channels.units import NONE, Array
 from torch import fx
 
 from fxcompress.ir.ops import get_state, readers
 from fxcompress.ir.program import Program
 from fxcompress.pass_base import Refusal
-
-_SHOWN = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +47,9 @@ def frozen(program: Program, report: ChannelReport) -> tuple[Refusal, ...]:
         chain = carriers.chain(starts, node, first)
         barrier = barriers.get(node.name)
         code, why = ("frozen", _why(node)) if barrier is None else (barrier.code, barrier.message)
-        refusals.append(Refusal(code, node.name, f"{_listed(members)} stay: {' -> '.join(chain)}; {why}"))
+        refusals.append(
+            Refusal(code, node.name, f"{listed(list(map(_text, members)))} stay: {' -> '.join(chain)}; {why}")
+        )
     return tuple(refusals)
 
 
@@ -58,12 +59,8 @@ def _why(node: fx.Node) -> str:
     return f"{node.target} needs all of them, or joins them with what cannot be removed"
 
 
-def _listed(members: list[_Frozen]) -> str:
-    shown = ", ".join(
-        f"{each.member} ({each.count} channels)" if each.count == each.size else f"{each.count} of {each.member}"
-        for each in members[:_SHOWN]
-    )
-    return shown if len(members) <= _SHOWN else f"{shown} and {len(members) - _SHOWN} more"
+def _text(each: _Frozen) -> str:
+    return f"{each.member} ({each.count} channels)" if each.count == each.size else f"{each.count} of {each.member}"
 
 
 def _frozen(program: Program, report: ChannelReport) -> Iterator[tuple[int, _Frozen]]:

@@ -60,7 +60,7 @@ def _unmatched(option: str, pattern: str, report: ChannelReport, names: Sequence
     if read:
         return InputError(
             f"the pattern {pattern!r} in {option} matches parameters that make no removable channels and only read "
-            f"those of others; to mean what they read, write {option} with {read[0]!r}"
+            f'those of others; to mean what they read, give {option} "{read[0]}", with the dim'
         )
     if any(_covers(pattern, name) for name in report.state):
         return InputError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from fxcompress.report.formatting import MACS, counted
 FORMAT = 1
 
 _KINDS = {"whole": "channels", "outer": "outer factor", "inner": "inner factor"}
-_MEMBERS = 4
+_SHOWN = 4
 
 T = TypeVar("T")
 
@@ -83,7 +83,7 @@ class ChannelPlan:
         lines = [*self._summary()]
         if self.removals:
             rows = [
-                (r.name, _KINDS[r.factor], f"{r.size} -> {r.size - len(r.removed)}", _members(r), r.reason)
+                (r.name, _KINDS[r.factor], f"{r.size} -> {r.size - len(r.removed)}", listed(r.members), r.reason)
                 for r in self.removals
             ]
             lines += ["", tabulate(rows, ["group", "of", "kept", "dims", "why"])]
@@ -156,20 +156,27 @@ def _units(report: ChannelReport, removal: Removal) -> Array:
             f"the plan names group {removal.group} ({removal.name}), but the model has {len(report.groups)} groups; "
             "run select-channels on it"
         )
-    units = report.groups[removal.group].units
-    outside = [place for place in removal.removed if not 0 <= place < len(units)]
+    group, places = report.groups[removal.group], removal.removed
+    if (group.name, group.factor, len(group)) != (removal.name, removal.factor, removal.size):
+        raise InputError(
+            f"the plan says that group {removal.group} is {removal.name} of {removal.size} {removal.factor} units, but "
+            f"in this model it is {group.name} of {len(group)} {group.factor} ones; run select-channels on it"
+        )
+    outside = [place for place in places if not 0 <= place < len(group)]
     if outside:
         raise InputError(
-            f"the plan removes unit {outside[0]} of group {removal.name}, which has units 0 to {len(units) - 1}"
+            f"the plan removes unit {outside[0]} of group {removal.name}, which has units 0 to {len(group) - 1}"
         )
-    if len(set(removal.removed)) == len(units):
-        raise InputError(f"the plan removes all {len(units)} units of group {removal.name}; leave at least one")
-    return units[list(removal.removed)]
+    if len(set(places)) == len(group):
+        raise InputError(f"the plan removes all {len(group)} units of group {removal.name}; leave at least one")
+    if len(set(places)) < len(places):
+        raise InputError(f"the plan removes units of group {removal.name} twice; name each once")
+    return group.units[list(places)]
 
 
-def _members(removal: Removal) -> str:
-    shown = ", ".join(removal.members[:_MEMBERS])
-    more = len(removal.members) - _MEMBERS
+def listed(names: Sequence[str]) -> str:
+    """The first few of some names, and how many more there are."""
+    shown, more = ", ".join(names[:_SHOWN]), len(names) - _SHOWN
     return f"{shown} and {more} more" if more > 0 else shown
 
 

@@ -38,8 +38,8 @@ def batches(evidence: Evidence, name: str, given: Iterable[Any]) -> Iterator[Any
     """The first batches of a task, drawn with the evidence's seed, with a progress bar where someone looks on."""
     console = Console(stderr=True)
     total = min(evidence.batches, len(given)) if isinstance(given, Sized) else evidence.batches
-    chosen = itertools.islice(given, evidence.batches)
     with seeded(evidence.seed):
+        chosen = itertools.islice(given, evidence.batches)
         yield from track(
             chosen, f"criterion {name}", total, console=console, transient=True, disable=not console.is_terminal
         )

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from fxcompress.passes.channels.criteria.registry import Evidence, criterion
 from fxcompress.passes.channels.criteria.totals import Scores, Totals, by_weight, parameters
+from fxcompress.passes.channels.groups import Member
+from fxcompress.passes.channels.roles import Roles
 
 from fxcompress.errors import InputError
 from fxcompress.ir.ops import operations
@@ -66,10 +68,10 @@ def bn_gamma(evidence: Evidence) -> Scores:
 @criterion("fpgm")
 def fpgm(evidence: Evidence) -> Scores:
     """Distance of a filter to all others: those near the geometric median are redundant (FPGM, arXiv:1811.00250)."""
-    totals = Totals(evidence.report)
-    for _, parameter, dims in parameters(evidence.program, evidence.report):
-        if parameter.dim() >= 2:
-            for dim, units in dims.items():
+    totals, roles = Totals(evidence.report), Roles(evidence.program)
+    for name, parameter, dims in parameters(evidence.program, evidence.report):
+        for dim, units in dims.items():
+            if parameter.dim() >= 2 and not roles.reads(Member(name, dim)):
                 totals.add(units, _distances(parameter.detach(), dim))
     return totals.mean()
 
