@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import torch
-from fxcompress.passes.channels.groups import ChannelReport
 from fxcompress.passes.channels.kept import kept_shapes
-from fxcompress.passes.channels.plan import ChannelPlan
+from fxcompress.passes.channels.plan import planned
 from fxcompress.passes.channels.removal import remove
-from fxcompress.passes.channels.units import Mask
 
-from fxcompress.analysis import latest
-from fxcompress.errors import InputError
 from fxcompress.ir.program import Program
 from fxcompress.pass_base import Guarantee, PassResult, Transform
 from fxcompress.task import Task
@@ -39,7 +34,7 @@ class RemoveChannels(Transform):
     plan: str | None = None
 
     def run(self, program: Program, task: Task | None) -> PassResult:
-        report, mask = self._chosen(program)
+        report, mask = planned(program, self.plan, self.name)
         if not mask.any():
             return PassResult(changed=False, statistics={"removed": 0})
         before = _parameters(program)
@@ -50,23 +45,8 @@ class RemoveChannels(Transform):
         )
 
     def kept(self, before: Program) -> Kept:
-        report, mask = self._chosen(before)
+        report, mask = planned(before, self.plan, self.name)
         return kept_shapes(report, mask)
-
-    def _chosen(self, program: Program) -> tuple[ChannelReport, Mask]:
-        plan = _read(self.plan) if self.plan is not None else latest(program, "select-channels")
-        if not isinstance(plan, ChannelPlan):
-            raise InputError("remove-channels needs a plan: put select-channels before it, or give plan=FILE.json")
-        report: ChannelReport = program.analyze("channels")
-        return report, plan.mask(program, report)
-
-
-def _read(path: str) -> ChannelPlan:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the plan {path} cannot be read: {error}") from error
-    return ChannelPlan.from_json(text)
 
 
 def _parameters(program: Program) -> int:
