@@ -26,10 +26,12 @@ GROUP = "fxcompress.passes"
 
 BUILT_IN: Mapping[str, str] = {
     "channels": "fxcompress.passes.channels.analysis:Channels",
+    "compensate": "fxcompress.passes.compensate:Compensate",
     "cost": "fxcompress.passes.cost:Cost",
     "eliminate-dead": "fxcompress.passes.eliminate_dead:EliminateDead",
     "fold-batchnorm": "fxcompress.passes.fold_batchnorm:FoldBatchnorm",
     "fold-constants": "fxcompress.passes.fold_constants:FoldConstants",
+    "reestimate-batchnorm": "fxcompress.passes.reestimate_batchnorm:ReestimateBatchnorm",
     "remove-channels": "fxcompress.passes.remove_channels:RemoveChannels",
     "select-channels": "fxcompress.passes.select_channels:SelectChannels",
 }

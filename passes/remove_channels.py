@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import torch
-from fxcompress.passes.channels.groups import ChannelReport
 from fxcompress.passes.channels.kept import kept_shapes
-from fxcompress.passes.channels.plan import ChannelPlan
+from fxcompress.passes.channels.plan import planned
 from fxcompress.passes.channels.removal import remove
 
-from fxcompress.analysis import latest
-from fxcompress.errors import InputError
 from fxcompress.ir.program import Program
 from fxcompress.pass_base import Guarantee, PassResult, Transform
 from fxcompress.task import Task
@@ -38,9 +34,7 @@ class RemoveChannels(Transform):
     plan: str | None = None
 
     def run(self, program: Program, task: Task | None) -> PassResult:
-        plan = self._plan(program)
-        report: ChannelReport = program.analyze("channels")
-        mask = plan.mask(program, report)
+        plan, report, mask = planned(program, self.plan, self.name)
         if not mask.any():
             return PassResult(changed=False, refusals=plan.refusals, statistics={"removed": 0})
         before = _parameters(program)
@@ -53,22 +47,8 @@ class RemoveChannels(Transform):
         )
 
     def kept(self, before: Program) -> Kept:
-        report: ChannelReport = before.analyze("channels")
-        return kept_shapes(report, self._plan(before).mask(before, report))
-
-    def _plan(self, program: Program) -> ChannelPlan:
-        plan = _read(self.plan) if self.plan is not None else latest(program, "select-channels")
-        if not isinstance(plan, ChannelPlan):
-            raise InputError("remove-channels needs a plan: put select-channels before it, or give plan=FILE.json")
-        return plan
-
-
-def _read(path: str) -> ChannelPlan:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the plan {path} cannot be read: {error}") from error
-    return ChannelPlan.from_json(text)
+        _, report, mask = planned(before, self.plan, self.name)
+        return kept_shapes(report, mask)
 
 
 def _parameters(program: Program) -> int:

@@ -125,14 +125,14 @@ class WeightedLayer:
         like = weight.detach().new_empty(bias.shape) if old_bias is None else old_bias
         if old_bias is None and isinstance(weight, nn.Parameter):
             like = nn.Parameter(like, requires_grad=weight.requires_grad)
-        return _successor(weight, self.layout.join(parts)), _successor(like, bias)
+        return successor(weight, self.layout.join(parts)), successor(like, bias)
 
 
 def _double(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().double()
 
 
-def _successor(old: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def successor(old: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """A new tensor that holds ``value`` and is otherwise like ``old``: dtype, memory format, parameter, trainable."""
     made = torch.empty_like(old, requires_grad=False).copy_(value)
     return nn.Parameter(made, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else made

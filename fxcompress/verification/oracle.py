@@ -205,7 +205,7 @@ def _mean(masked: _Masked) -> Any:
 
 
 @_rule(aten.var.correction, aten.std.correction, aten.var.dim, aten.std.dim, aten.var.default, aten.std.default,
-       aten.var_mean.correction, aten.var_mean.dim)  # fmt: skip
+       aten.var_mean.correction, aten.var_mean.dim, aten.std_mean.correction, aten.std_mean.dim)  # fmt: skip
 def _variance(masked: _Masked) -> Any:
     dims = masked.dims()
     mask = masked.mask(dims)
@@ -219,7 +219,8 @@ def _variance(masked: _Masked) -> Any:
     if not arguments.get("keepdim", False):
         mean, variance = mean.squeeze(dims), variance.squeeze(dims)
     name = masked.call.overload._schema.name.rpartition("::")[2]
-    return (variance, mean) if name == "var_mean" else variance.sqrt() if name == "std" else variance
+    spread = variance.sqrt() if name.startswith("std") else variance
+    return (spread, mean) if name.endswith("mean") else spread
 
 
 def _affine(masked: _Masked, x: torch.Tensor, shape: list[int]) -> torch.Tensor:
@@ -299,10 +300,24 @@ def _refill(value: float, *overloads: Any) -> None:
     _rule(*overloads)(rule)
 
 
-_refill(-math.inf, aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default,
-        aten.logsumexp.default, aten.amax.default, aten.max.default)  # fmt: skip
+_refill(-math.inf, aten.softmax.int, aten._softmax.default, aten._safe_softmax.default, aten.log_softmax.int,
+        aten._log_softmax.default, aten.logsumexp.default, aten.amax.default, aten.max.default)  # fmt: skip
 _refill(math.inf, aten.amin.default, aten.min.default)
 _refill(1, aten.prod.default, aten.prod.dim_int, aten.all.default, aten.all.dim, aten.all.dims)
+
+
+@_rule(aten.aminmax.default)
+def _least_and_largest(masked: _Masked) -> Any:
+    low, high = (masked.filled(value, masked.dims()) for value in (math.inf, -math.inf))
+    return None if low is None or high is None else (masked.again(low)[0], masked.again(high)[1])
+
+
+@_rule(aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim, aten.norm.Scalar)
+def _norm(masked: _Masked) -> Any:
+    """Zeros do not count, but in norms of negative order."""
+    order = masked.call.arguments.get("ord", masked.call.arguments.get("p"))
+    filled = masked.filled(math.inf, masked.dims()) if order is not None and order < 0 else None
+    return None if filled is None else masked.again(filled)
 
 
 @_rule(aten.scaled_dot_product_attention.default)

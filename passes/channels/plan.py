@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,6 +15,7 @@ from fxcompress.passes.channels.groups import ChannelReport
 from fxcompress.passes.channels.units import Array, Mask
 from tabulate import tabulate
 
+from fxcompress.analysis import latest
 from fxcompress.errors import InputError
 from fxcompress.ir.program import Program
 from fxcompress.pass_base import Refusal
@@ -220,6 +222,32 @@ def _texts(entry: dict[str, Any]) -> dict[str, str]:
 def _pair(value: Any) -> tuple[int, int]:
     before, after = _list(_whole, value)
     return before, after
+
+
+def planned(program: Program, path: str | None, reader: str) -> tuple[ChannelPlan, ChannelReport, Mask]:
+    """The plan that a pass follows, the channel dependencies and the units to remove.
+
+    Args:
+        program: The Program that the plan is for.
+        path: JSON file of the plan; ``None`` for that of the last ``select-channels``.
+        reader: Name of the pass that follows the plan, for messages.
+
+    Raises:
+        InputError: There is no plan, or it is for another Program.
+    """
+    plan = _read(path) if path is not None else latest(program, "select-channels")
+    if not isinstance(plan, ChannelPlan):
+        raise InputError(f"{reader} needs a plan: put select-channels before it, or give plan=FILE.json")
+    report: ChannelReport = program.analyze("channels")
+    return plan, report, plan.mask(program, report)
+
+
+def _read(path: str) -> ChannelPlan:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the plan {path} cannot be read: {error}") from error
+    return ChannelPlan.from_json(text)
 
 
 def digest(program: Program) -> str:
