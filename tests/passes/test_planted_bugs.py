@@ -1,0 +1,203 @@
+"""Bugs planted in removal: the pipeline must refuse each of them, and accept the same model without it."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from fxcompress.passes.channels import literals, removal, rewrites, rules
+from models import inputs, settled
+from pruning import Wire, weight
+from torch import nn
+from torch.nn import functional as F
+
+import fxcompress as fxc
+from fxcompress.errors import VerificationError
+from fxcompress.verification import oracle
+
+aten = torch.ops.aten
+IMAGE, TOKENS = inputs(2, 3, 8, 8), inputs(2, 5, 8)
+
+
+def conv(c_in, c_out, kernel=1, **options):
+    return nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, **options)
+
+
+def between(function, **layers):
+    """A function of 16 channels between two convolutions."""
+    return Wire(lambda m, x: m.head(function(m, m.stem(x))), stem=conv(3, 16), **layers, head=nn.LazyConv2d(2, 1))
+
+
+def attention():
+    def forward(m, x):
+        query, key, value = (layer(x).view(*x.shape[:2], 4, 4).transpose(1, 2) for layer in (m.q, m.k, m.v))
+        return m.out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+
+    return Wire(forward, **{name: nn.Linear(8, 16) for name in "qkv"}, out=nn.Linear(16, 3))
+
+
+def no_rewrite(overload):
+    def plant(patch):
+        patch.delitem(rewrites._REWRITES, overload)
+
+    return plant
+
+
+def off_by_one(patch):
+    right = literals._before
+    patch.setattr(literals, "_before", lambda kept, place: right(kept, place) - 1)
+
+
+def one_too_far(patch):
+    right = literals.look_up
+
+    def wrong(edit, source, dim, kept, chosen):
+        right(edit, source, dim, kept, np.roll(chosen, 1))
+
+    patch.setattr(literals, "look_up", wrong)
+
+
+def slicing(change):
+    """Slices parameters otherwise, with as many elements."""
+
+    def plant(patch):
+        right = removal.sliced
+        patch.setattr(removal, "sliced", lambda tensor, masks: right(tensor, change(tensor, masks)))
+
+    return plant
+
+
+def first(mask):
+    return None if mask is None else np.arange(len(mask)) < mask.sum()
+
+
+def pieces_exchanged(patch):
+    right = rewrites.Edit.replace
+
+    def wrong(edit, overload, *args):
+        source, sizes, *rest = args
+        right(edit, overload, source, sizes[::-1] if isinstance(sizes, list) else sizes, *rest)
+
+    patch.setattr(rewrites.Edit, "replace", wrong)
+
+
+def padding_on_the_other_side(patch):
+    right = rewrites.Edit.set
+
+    def wrong(edit, name, value):
+        right(edit, name, [*value[:-2], value[-1], value[-2]] if name == "pad" else value)
+
+    patch.setattr(rewrites.Edit, "set", wrong)
+
+
+def more_groups(patch):
+    right = rewrites.Edit.rows
+    patch.setattr(rewrites.Edit, "rows", lambda edit, dim, outer: 2 * right(edit, dim, outer))
+
+
+def wrong_permutation(patch):
+    right = removal._permute
+
+    def wrong(root, node, report, removed):
+        other = dataclasses.replace(report.permutations[node.name], index=report.permutations[node.name].index[::-1])
+        right(root, node, dataclasses.replace(report, permutations={node.name: other}), removed)
+
+    patch.setattr(removal, "_permute", wrong)
+
+
+def sums_that_join_nothing(patch):
+    patch.setattr(rules, "pointwise", lambda call: call.operands()[0])
+
+
+def shuffled(x):
+    return x.view(x.shape[0], 4, 4, *x.shape[2:]).transpose(1, 2).reshape(x.shape)
+
+
+BUGS = {
+    "an off-by-one index in a slice": (lambda: between(lambda m, x: x[:, 3:13]), IMAGE, off_by_one),
+    "an off-by-one index in a narrow": (lambda: between(lambda m, x: x.narrow(1, 3, 10)), IMAGE, off_by_one),
+    "a lookup one too far": (lambda: between(lambda m, x: x[:, ::2]), IMAGE, one_too_far),
+    "a lookup of a constant one too far": (lambda: between(lambda m, x: x.flip(1).roll(3, 1)), IMAGE, one_too_far),
+    "a bias that was forgotten": (
+        lambda: between(lambda m, x: x),
+        IMAGE,
+        slicing(lambda tensor, masks: [first(mask) for mask in masks] if tensor.dim() == 1 else masks),
+    ),
+    "wrong rows": (
+        lambda: between(lambda m, x: x),
+        IMAGE,
+        slicing(lambda tensor, masks: [first(masks[0]), *masks[1:]] if tensor.dim() == 4 else masks),
+    ),
+    "wrong columns": (
+        lambda: between(lambda m, x: x),
+        IMAGE,
+        slicing(lambda tensor, masks: [masks[0], *map(first, masks[1:])]),
+    ),
+    "statistics of other channels": (
+        lambda: between(lambda m, x: m.norm(x), norm=nn.BatchNorm2d(16)),
+        IMAGE,
+        slicing(lambda tensor, masks: masks if isinstance(tensor, nn.Parameter) else [first(mask) for mask in masks]),
+    ),
+    "pieces of a split exchanged": (
+        lambda: between(lambda m, x: sum(part.mean(1, keepdim=True) for part in x.split([6, 10], 1))),
+        IMAGE,
+        pieces_exchanged,
+    ),
+    "padding on the other side": (
+        lambda: between(lambda m, x: m.wide(x) + F.pad(x, (0, 0, 0, 0, 6, 2)), wide=conv(16, 24)),
+        IMAGE,
+        padding_on_the_other_side,
+    ),
+    "groups of a convolution": (lambda: between(lambda m, x: m.g(x), g=conv(16, 16, 3, groups=4)), IMAGE, more_groups),
+    "groups of a group norm": (lambda: between(lambda m, x: m.g(x), g=nn.GroupNorm(4, 16)), IMAGE, more_groups),
+    "a scale of attention that moved": (attention, TOKENS, no_rewrite(aten.scaled_dot_product_attention.default)),
+    "a wrong permutation": (lambda: between(lambda m, x: shuffled(x)), IMAGE, wrong_permutation),
+    "a sum whose operands lose other channels": (
+        lambda: between(lambda m, x: m.a(x) + m.b(x), a=conv(16, 8), b=conv(16, 8)),
+        IMAGE,
+        sums_that_join_nothing,
+    ),
+}
+
+
+def prune(model, x):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model.double()(x)  # lazy layers
+    return fxc.PassManager("select-channels,remove-channels").run(fxc.trace(settled(model), x)).program
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_is_refused(bug, monkeypatch):
+    model, x, plant = BUGS[bug]
+    prune(model(), x)
+
+    plant(monkeypatch)
+
+    with pytest.raises(RuntimeError if "groups of a conv" in bug else VerificationError):
+        prune(model(), x)
+
+
+NORMALISERS = {
+    aten.layer_norm.default: lambda m, x: F.layer_norm(x, (16,), m.gain),
+    aten.rms_norm.default: lambda m, x: F.rms_norm(x, (16,), m.gain),
+    aten.group_norm.default: lambda m, x: F.group_norm(x.transpose(1, 2), 2, m.gain).transpose(1, 2),
+    aten.softmax.int: lambda m, x: x.softmax(-1) * m.gain,
+    aten.mean.dim: lambda m, x: x - x.mean(-1, keepdim=True) * m.gain,
+    aten.amin.default: lambda m, x: x - x.square().amin(-1, keepdim=True) * m.gain,
+}
+
+
+@pytest.mark.parametrize("overload", NORMALISERS, ids=str)
+def test_counting_what_is_gone_is_refused(overload, monkeypatch):
+    def model():
+        forward = NORMALISERS[overload]
+        parts = {"stem": nn.Linear(8, 16), "gain": weight(16), "head": nn.Linear(16, 3)}
+        return Wire(lambda m, x: m.head(forward(m, m.stem(x).cos())), **parts)
+
+    prune(model(), TOKENS)
+
+    monkeypatch.delitem(oracle._KEPT_ONLY, overload)
+
+    with pytest.raises(VerificationError, match="removal must leave what the masked model computes"):
+        prune(model(), TOKENS)
