@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from fxcompress.passes.channels import literals, removal, rewrites, rules
+from fxcompress.passes.channels.layout import is_position
 from models import inputs, settled
 from pruning import Wire, weight
 from torch import nn
@@ -34,6 +35,14 @@ def attention():
         return m.out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
 
     return Wire(forward, **{name: nn.Linear(8, 16) for name in "qkv"}, out=nn.Linear(16, 3))
+
+
+def by_hand():
+    def forward(m, x):
+        query, key, value = (layer(x).view(*x.shape[:2], 4, 8).transpose(1, 2) for layer in (m.q, m.k, m.v))
+        return m.out(((query @ key.transpose(-2, -1)).softmax(-1) @ value).transpose(1, 2).flatten(2))
+
+    return Wire(forward, **{name: nn.Linear(8, 32) for name in "qkv"}, out=nn.Linear(32, 3))
 
 
 def no_rewrite(overload):
@@ -95,6 +104,15 @@ def more_groups(patch):
     patch.setattr(rewrites.Edit, "rows", lambda edit, dim, outer: 2 * right(edit, dim, outer))
 
 
+def heads_and_dims_exchanged(patch):
+    right = rewrites.Edit.set
+
+    def wrong(edit, name, value):
+        right(edit, name, [*value[:2], value[3], value[2]] if name == "shape" and len(value) == 4 else value)
+
+    patch.setattr(rewrites.Edit, "set", wrong)
+
+
 def wrong_permutation(patch):
     right = removal._permute
 
@@ -109,6 +127,16 @@ def sums_that_join_nothing(patch):
     patch.setattr(rules, "pointwise", lambda call: call.operands()[0])
 
 
+def layers_that_join_no_inputs(patch):
+    def linear(call):
+        if is_position(call.layout("input")[-1]):
+            call.keep(call.layout("weight")[1])
+        call.join(call.layout("weight")[0], call.layout("bias")[0])
+        return (*call.layout("input")[:-1], call.layout("weight")[0])
+
+    patch.setitem(rules._RULES, "aten::linear", linear)
+
+
 def shuffled(x):
     return x.view(x.shape[0], 4, 4, *x.shape[2:]).transpose(1, 2).reshape(x.shape)
 
@@ -117,7 +145,11 @@ BUGS = {
     "an off-by-one index in a slice": (lambda: between(lambda m, x: x[:, 3:13]), IMAGE, off_by_one),
     "an off-by-one index in a narrow": (lambda: between(lambda m, x: x.narrow(1, 3, 10)), IMAGE, off_by_one),
     "a lookup one too far": (lambda: between(lambda m, x: x[:, ::2]), IMAGE, one_too_far),
-    "a lookup of a constant one too far": (lambda: between(lambda m, x: x.flip(1).roll(3, 1)), IMAGE, one_too_far),
+    "a lookup of a constant index one too far": (
+        lambda: between(lambda m, x: x.flip(1).roll(3, 1)),
+        IMAGE,
+        one_too_far,
+    ),
     "a bias that was forgotten": (
         lambda: between(lambda m, x: x),
         IMAGE,
@@ -150,12 +182,18 @@ BUGS = {
     ),
     "groups of a convolution": (lambda: between(lambda m, x: m.g(x), g=conv(16, 16, 3, groups=4)), IMAGE, more_groups),
     "groups of a group norm": (lambda: between(lambda m, x: m.g(x), g=nn.GroupNorm(4, 16)), IMAGE, more_groups),
+    "heads and head dims exchanged": (by_hand, TOKENS, heads_and_dims_exchanged),
     "a scale of attention that moved": (attention, TOKENS, no_rewrite(aten.scaled_dot_product_attention.default)),
     "a wrong permutation": (lambda: between(lambda m, x: shuffled(x)), IMAGE, wrong_permutation),
     "a sum whose operands lose other channels": (
         lambda: between(lambda m, x: m.a(x) + m.b(x), a=conv(16, 8), b=conv(16, 8)),
         IMAGE,
         sums_that_join_nothing,
+    ),
+    "a layer that loses other inputs than come": (
+        lambda: nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)),
+        TOKENS,
+        layers_that_join_no_inputs,
     ),
 }
 
@@ -184,6 +222,7 @@ NORMALISERS = {
     aten.group_norm.default: lambda m, x: F.group_norm(x.transpose(1, 2), 2, m.gain).transpose(1, 2),
     aten.softmax.int: lambda m, x: x.softmax(-1) * m.gain,
     aten.mean.dim: lambda m, x: x - x.mean(-1, keepdim=True) * m.gain,
+    aten.var.correction: lambda m, x: x * x.var(-1, correction=0, keepdim=True) * m.gain,
     aten.amin.default: lambda m, x: x - x.square().amin(-1, keepdim=True) * m.gain,
 }
 
@@ -192,8 +231,12 @@ NORMALISERS = {
 def test_counting_what_is_gone_is_refused(overload, monkeypatch):
     def model():
         forward = NORMALISERS[overload]
-        parts = {"stem": nn.Linear(8, 16), "gain": weight(16), "head": nn.Linear(16, 3)}
-        return Wire(lambda m, x: m.head(forward(m, m.stem(x).cos())), **parts)
+        return Wire(
+            lambda m, x: m.head(forward(m, m.stem(x).cos())),
+            stem=nn.Linear(8, 16),
+            gain=weight(16),
+            head=nn.Linear(16, 3),
+        )
 
     prune(model(), TOKENS)
 
