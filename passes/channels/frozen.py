@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import networkx as nx
 import numpy as np
-from fxcompress.passes.channels.counts import joined
+from fxcompress.passes.channels.elements import joined
 from fxcompress.passes.channels.groups import ChannelReport, Member
 from fxcompress.passes.channels.plan import listed
 from fxcompress.passes.channels.units import NONE, Array

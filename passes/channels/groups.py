@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import networkx as nx
 import numpy as np
 import numpy.typing as npt
-from fxcompress.passes.channels.layout import Dim, Factor, Layout
+from fxcompress.passes.channels.elements import Elements, Survivors
+from fxcompress.passes.channels.layout import Factor, Layout
 from fxcompress.passes.channels.permutations import Permutation
 from fxcompress.passes.channels.units import NONE, Array, Mask, Units
 
@@ -69,6 +70,7 @@ class ChannelReport:
         groups: What can be removed, in the order of the parameters.
         diagnostics: Operators that were barriers.
         units: The units and what they became.
+        elements: The elements of all dims and what they carry.
         layouts: Node name -> layout of its value; a list for several values.
         state: Name of a parameter or buffer -> its layout.
         permutations: Node name -> the permutation that it ends.
@@ -78,11 +80,11 @@ class ChannelReport:
     groups: tuple[ChannelGroup, ...]
     diagnostics: tuple[Diagnostic, ...]
     units: Units
+    elements: Elements
     layouts: Mapping[str, Any]
     state: Mapping[str, Layout]
     permutations: Mapping[str, Permutation]
     causes: tuple[str, ...]
-    _resolved: dict[int, Array] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         removable = sum(len(group) for group in self.groups)
@@ -90,44 +92,17 @@ class ChannelReport:
 
     def resolved(self, factor: Factor) -> Array:
         """The units that a factor's elements carry in the end."""
-        assert factor.units is not None
-        key = id(factor)
-        if key not in self._resolved:
-            self._resolved[key] = self.units.resolve(factor.units)
-        return self._resolved[key]
-
-    def kept(self, dim: Dim, removed: Mask) -> list[Mask | None]:
-        """For each factor of a dim, which elements stay; ``None`` where all do.
-
-        Args:
-            dim: A dim of one of the layouts.
-            removed: For each unit whether it is removed, with one ``False`` more at the end.
-        """
-        found: list[Mask | None] = []
-        for factor in dim:
-            if factor.units is None:
-                found.append(None)
-                continue
-            stay: Mask = np.logical_not(removed[self.resolved(factor)].any(axis=1))
-            found.append(None if stay.all() else stay)
-        return found
-
-    def kept_elements(self, dim: Dim, removed: Mask) -> Mask | None:
-        """Which elements of a dim stay, flat; ``None`` where all do."""
-        masks = self.kept(dim, removed)
-        if all(mask is None for mask in masks):
-            return None
-        flat = np.ones(1, np.bool_)
-        for factor, mask in zip(dim, masks, strict=True):
-            own = np.ones(factor.size, np.bool_) if mask is None else mask
-            flat = (flat[:, None] & own[None, :]).reshape(-1)
-        return flat
+        return self.elements.of(factor)
 
     def removed_mask(self, units: npt.ArrayLike) -> Mask:
-        """The mask that :meth:`kept` takes, for a choice of units."""
+        """For each unit whether it is among the chosen ones, with one ``False`` more at the end."""
         removed = np.zeros(self.units.count + 1, np.bool_)
         removed[np.asarray(units, np.int64)] = True
         return removed
+
+    def survivors(self, removed: Mask) -> Survivors:
+        """What stays of each dim, given the mask of a choice of units."""
+        return Survivors(self.elements, removed)
 
     @cached_property
     def graph(self) -> nx.Graph[Any]:
@@ -162,42 +137,70 @@ def report(
     diagnostics: Collection[Diagnostic],
 ) -> ChannelReport:
     """Collects the groups from what a walk over the graph left."""
+    elements = Elements(units, _dims(state, layouts))
+    groups = tuple(_groups(program, units, elements, state))
     causes = tuple(node.name for node in program.nodes)
-    groups = tuple(_groups(program, units, state))
-    return ChannelReport(groups, tuple(diagnostics), units, layouts, state, permutations, causes)
+    return ChannelReport(groups, tuple(diagnostics), units, elements, layouts, state, permutations, causes)
 
 
-def _groups(program: Program, units: Units, state: Mapping[str, Layout]) -> Iterator[ChannelGroup]:
-    members: list[Member] = []
-    trainable: list[bool] = []
-    found_units: list[Array] = []
-    found_members: list[Array] = []
-    level = np.zeros(units.count, np.int64)
-    seen: set[int] = set()
-    parameters = {name for name, _ in program.graph_module.named_parameters(remove_duplicate=False)}
-    for name, layout in state.items():
-        if id(layout) in seen:
-            continue
-        seen.add(id(layout))
-        for dim, factors in enumerate(layout):
-            for elements in factors:
-                assert elements.units is not None
-                assert len(factors) == 1
-                carried = units.resolve(elements.units)
-                _mark_levels(carried, level)
-                distinct = np.unique(carried[carried != NONE])
-                if len(distinct):
-                    found_units.append(distinct)
-                    found_members.append(np.full(len(distinct), len(members)))
-                    members.append(Member(name, dim))
-                    trainable.append(name in parameters)
-    if members:
-        yield from _grouped(
-            np.concatenate(found_units), np.concatenate(found_members), members, np.array(trainable), level
-        )
+def _dims(state: Mapping[str, Layout], layouts: Mapping[str, Any]) -> Iterator[tuple[str, Layout]]:
+    for name, layout in (*state.items(), *layouts.items()):
+        yield from ((name, each) for each in (layout if isinstance(layout, list) else [layout]))
 
 
 _FACTORS = ("whole", "outer", "inner")
+
+
+def _groups(program: Program, units: Units, elements: Elements, state: Mapping[str, Layout]) -> Iterator[ChannelGroup]:
+    """Units by the set of the dims that they occur in and by their level; sets are compared by a sum of codes."""
+    members = _members(elements, state)
+    trainable = {name for name, _ in program.graph_module.named_parameters(remove_duplicate=False)}
+    levels = elements.carried.shape[1] + 1
+    codes = np.random.default_rng(0).integers(1, 2**63, levels + len(members), np.uint64)
+    signature = np.zeros(units.count + 1, np.uint64)
+    useful = np.zeros(units.count + 1, np.bool_)
+    level = np.zeros(units.count + 1, np.int64)
+    for (member, own), code in zip(members, codes[levels:], strict=True):
+        signature[own] += code  # once a unit, however often it occurs
+        if member.state in trainable:
+            useful[own] = True
+        _mark_levels(own, level)
+    useful[NONE] = False
+    found = np.flatnonzero(useful)
+    if len(found):
+        yield from _grouped(members, found, signature[found] + codes[level[found]], level)
+
+
+def _grouped(
+    members: list[tuple[Member, Array]], units: Array, signatures: npt.NDArray[np.uint64], level: Array
+) -> Iterator[ChannelGroup]:
+    """Groups of the units of one signature, in the order of their members."""
+    _, first, number = np.unique(signatures, return_index=True, return_inverse=True)
+    inside = np.split(units[np.argsort(number, kind="stable")], np.cumsum(np.bincount(number))[:-1])
+    represented = np.full(len(level), NONE)
+    represented[units[first]] = np.arange(len(first))
+    places: list[list[int]] = [[] for _ in first]
+    for place, (_, own) in enumerate(members):
+        groups = represented[own]
+        for group in set(groups[groups != NONE].tolist()):
+            places[group].append(place)
+    for at, own in sorted(zip(places, inside, strict=True), key=lambda entry: (entry[0][0], entry[1][0])):
+        yield ChannelGroup(own, tuple(members[place][0] for place in at), _FACTORS[min(level[own[0]], 2)])
+
+
+def _members(elements: Elements, state: Mapping[str, Layout]) -> list[tuple[Member, Array]]:
+    """The dims of parameters and buffers that have removable elements, tensors with several names once."""
+    found = []
+    seen: set[int] = set()
+    for name, layout in state.items():
+        if id(layout) not in seen:
+            seen.add(id(layout))
+            for dim, factors in enumerate(layout):
+                for factor in factors:
+                    own = elements.of(factor)
+                    if own.shape[1]:
+                        found.append((Member(name, dim), own))
+    return found
 
 
 def _mark_levels(carried: Array, level: Array) -> None:
@@ -213,29 +216,3 @@ def _mark_levels(carried: Array, level: Array) -> None:
     for column in range(carried.shape[1]):
         rows = place[:, column] > 0
         level[carried[rows, column]] = place[rows, column]
-
-
-def _grouped(
-    units: Array, member_of: Array, members: list[Member], trainable: Mask, level: Array
-) -> Iterator[ChannelGroup]:
-    """Groups units by the set of their members and their level, compared by a hash."""
-    nodes, index = np.unique(units, return_inverse=True)
-    codes = np.random.default_rng(0).integers(1, 2**63, len(members) + int(level.max()) + 1, np.uint64)
-    signature = codes[len(members) + level[nodes]]
-    np.add.at(signature, index, codes[member_of])
-    useful = np.zeros(len(nodes), np.bool_)
-    np.logical_or.at(useful, index, trainable[member_of])
-    by_unit = np.argsort(index, kind="stable")
-    starts = np.searchsorted(index[by_unit], np.arange(len(nodes) + 1))
-    _, first, group = np.unique(signature, return_index=True, return_inverse=True)
-    by_group = np.argsort(group, kind="stable")
-    bounds = np.searchsorted(group[by_group], np.arange(len(first) + 1))
-    found = []
-    for number, representative in enumerate(first):
-        if useful[representative]:
-            own = np.sort(member_of[by_unit[starts[representative] : starts[representative + 1]]])
-            inside = nodes[by_group[bounds[number] : bounds[number + 1]]]
-            places = tuple(members[member] for member in own)
-            found.append((own[0], inside[0], ChannelGroup(inside, places, _FACTORS[min(level[inside[0]], 2)])))
-    for _, _, group_ in sorted(found, key=lambda entry: entry[:2]):
-        yield group_

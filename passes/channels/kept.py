@@ -11,19 +11,18 @@ from fxcompress.verification.oracle import Kept, KeptDim, KeptFactor, KeptShape
 
 def kept_shapes(report: ChannelReport, removed: Mask) -> Kept:
     """For each node whose value shrinks, what stays of each dim."""
+    survivors = report.survivors(removed)
 
     def dim(factors: Dim) -> KeptDim:
-        masks = report.kept(factors, removed)
         return tuple(
-            KeptFactor(None if is_dynamic(factor.size) else factor.size, mask)
-            for factor, mask in zip(factors, masks, strict=True)
+            KeptFactor(None if is_dynamic(factor.size) else factor.size, survivors.factor(factor)) for factor in factors
         )
 
     def shape(layout: Layout) -> KeptShape:
         return tuple(dim(factors) for factors in layout)
 
     def shrinks(layout: Layout) -> bool:
-        return any(mask is not None for factors in layout for mask in report.kept(factors, removed))
+        return survivors.shrinks(*layout)
 
     found: dict[str, KeptShape | list[KeptShape]] = {}
     for name, layout in report.layouts.items():

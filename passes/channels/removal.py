@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from fxcompress.passes.channels import literals
+from fxcompress.passes.channels.elements import Survivors
 from fxcompress.passes.channels.groups import ChannelReport
-from fxcompress.passes.channels.layout import Dim, Layout
+from fxcompress.passes.channels.layout import Layout
 from fxcompress.passes.channels.rewrites import Edit, read_constant, rewrite_of, scaled_size
 from fxcompress.passes.channels.units import Mask
 from torch import fx, nn
 
 from fxcompress.ir.dead_code import drop_unread_state, eliminate_dead
+from fxcompress.ir.fake import resized, symbolic
 from fxcompress.ir.layers import described
-from fxcompress.ir.ops import operation, replace_states
+from fxcompress.ir.ops import get_module, get_state, operation, replace_states
 from fxcompress.ir.program import Program
 
 aten = torch.ops.aten
@@ -33,34 +35,42 @@ def remove(program: Program, report: ChannelReport, removed: Mask) -> None:
         removed: For each unit whether it goes, with one ``False`` more at the end.
     """
     root = program.graph_module
+    survivors = report.survivors(removed)
     nodes = list(program.nodes)
     for node in nodes:
-        _restore_size_reads(node, report, removed)
+        _restore_size_reads(node, report, survivors)
     for node in nodes:
-        call = operation(root, node)
         if node.name in report.permutations:
-            _permute(root, node, report, removed)
-        elif call is not None and node.name in report.layouts:
-            change = rewrite_of(call.overload)
-            if change is not None:
-                change(Edit(call, report, removed, root))
-    replace_states(root, dict(_sliced_state(root, report, removed)))
+            _permute(root, node, report, survivors)
+        elif node.name in report.layouts:
+            call = operation(root, node)
+            change = None if call is None else rewrite_of(call.overload)
+            if call is not None and change is not None:
+                change(Edit(call, report, survivors, root))
+    replace_states(root, dict(_sliced_state(root, report, survivors)))
+    values = _Values(survivors)
     for node in nodes:
         if node.op == "call_module":
-            module = root.get_submodule(str(node.target))
-            for attribute, value in described(module).items():
-                setattr(module, attribute, value)
-        _shrink_value(node, report, removed)
+            _restate(get_module(root, str(node.target)))
+        values.shrink(node, report.layouts.get(node.name))
     eliminate_dead(program.graph)
     drop_unread_state(root)
 
 
-def _sliced_state(root: fx.GraphModule, report: ChannelReport, removed: Mask) -> Iterator[tuple[int, torch.Tensor]]:
-    named = (*root.named_parameters(), *root.named_buffers())
-    for name, tensor in named:
-        masks = [report.kept_elements(dim, removed) for dim in report.state.get(name, ())]
-        if any(mask is not None for mask in masks):
-            yield id(tensor), sliced(tensor, masks)
+def _restate(module: nn.Module) -> None:
+    """A module's attributes follow its parameters."""
+    for attribute, value in described(module).items():
+        if getattr(module, attribute) != value:
+            setattr(module, attribute, value)
+
+
+def _sliced_state(
+    root: fx.GraphModule, report: ChannelReport, survivors: Survivors
+) -> Iterator[tuple[int, torch.Tensor]]:
+    for name, layout in report.state.items():
+        if survivors.shrinks(*layout):
+            tensor = get_state(root, name)
+            yield id(tensor), sliced(tensor, [survivors.dim(dim) for dim in layout])
 
 
 def sliced(tensor: torch.Tensor, masks: list[Mask | None]) -> torch.Tensor:
@@ -73,14 +83,14 @@ def sliced(tensor: torch.Tensor, masks: list[Mask | None]) -> torch.Tensor:
     return nn.Parameter(kept, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else kept
 
 
-def _permute(root: fx.GraphModule, node: fx.Node, report: ChannelReport, removed: Mask) -> None:
+def _permute(root: fx.GraphModule, node: fx.Node, report: ChannelReport, survivors: Survivors) -> None:
     """A permutation of a dim that shrinks becomes a lookup of what stays."""
     permutation = report.permutations[node.name]
     source = node.args[0]
     for _ in permutation.interior:
         source = source.args[0]  # type: ignore[union-attr]
     assert isinstance(source, fx.Node)
-    kept = report.kept_elements(report.layouts[source.name][permutation.dim], removed)
+    kept = survivors.dim(report.layouts[source.name][permutation.dim])
     if kept is None:
         return
     places = np.cumsum(kept) - 1
@@ -89,7 +99,7 @@ def _permute(root: fx.GraphModule, node: fx.Node, report: ChannelReport, removed
     node.args = (source, permutation.dim, read_constant(root, node, index))
 
 
-def _restore_size_reads(node: fx.Node, report: ChannelReport, removed: Mask) -> None:
+def _restore_size_reads(node: fx.Node, report: ChannelReport, survivors: Survivors) -> None:
     """A size read from a dim that shrinks (batch * heads) gives those who use it the size before."""
     if node.target is not aten.sym_size.int:
         return
@@ -97,7 +107,7 @@ def _restore_size_reads(node: fx.Node, report: ChannelReport, removed: Mask) -> 
     layout: Any = report.layouts.get(str(source))
     if not isinstance(layout, tuple):
         return
-    before, after = _ratio(layout[node.args[1]], report, removed)  # type: ignore[index]
+    before, after = survivors.ratio(layout[node.args[1]])  # type: ignore[index]
     if before == after:
         return
     users = list(node.users)
@@ -107,28 +117,29 @@ def _restore_size_reads(node: fx.Node, report: ChannelReport, removed: Mask) -> 
         user.replace_input_with(node, old)
 
 
-def _ratio(dim: Dim, report: ChannelReport, removed: Mask) -> tuple[int, int]:
-    before = after = 1
-    for factor, mask in zip(dim, report.kept(dim, removed), strict=True):
-        if mask is not None:
-            before, after = before * factor.size, after * int(mask.sum())
-    return before, after
+class _Values:
+    """Fake tensors of the shapes after removal; nodes of one shape share one."""
 
+    def __init__(self, survivors: Survivors) -> None:
+        self._survivors = survivors
+        self._known: dict[Hashable, torch.Tensor] = {}
 
-def _shrink_value(node: fx.Node, report: ChannelReport, removed: Mask) -> None:
-    """The fake tensor of a node gets the new shape."""
-    layout = report.layouts.get(node.name)
-    value = node.meta.get("val")
-    if isinstance(layout, list) and isinstance(value, (list, tuple)):
-        shrunk = [_shrunk(item, each, report, removed) for item, each in zip(value, layout, strict=True)]
-        node.meta["val"] = type(value)(shrunk)
-    elif isinstance(layout, tuple) and isinstance(value, torch.Tensor):
-        node.meta["val"] = _shrunk(value, layout, report, removed)
+    def shrink(self, node: fx.Node, layout: Any) -> None:
+        """Gives a node the value of the new shape."""
+        value = node.meta.get("val")
+        if isinstance(layout, list) and isinstance(value, (list, tuple)):
+            node.meta["val"] = type(value)(map(self._shrunk, value, layout))
+        elif isinstance(layout, tuple) and isinstance(value, torch.Tensor):
+            node.meta["val"] = self._shrunk(value, layout)
 
-
-def _shrunk(value: torch.Tensor, layout: Layout, report: ChannelReport, removed: Mask) -> torch.Tensor:
-    ratios = [_ratio(dim, report, removed) for dim in layout]
-    if all(before == after for before, after in ratios):
-        return value
-    shape = [size // before * after for size, (before, after) in zip(value.shape, ratios, strict=True)]
-    return value.new_empty(shape)
+    def _shrunk(self, value: torch.Tensor, layout: Layout) -> torch.Tensor:
+        if not self._survivors.shrinks(*layout):
+            return value
+        shape = []
+        for size, dim in zip(value.shape, layout, strict=True):
+            before, after = self._survivors.ratio(dim)
+            shape.append(size if before == after else size // before * after)
+        key = (tuple(map(symbolic, shape)), value.dtype, value.device)
+        if key not in self._known:
+            self._known[key] = resized(value, shape)
+        return self._known[key]

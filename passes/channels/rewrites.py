@@ -12,6 +12,7 @@ size, a bound or a number of groups, or a constant that follows from one:
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from fxcompress.passes.channels.elements import Survivors
 from fxcompress.passes.channels.groups import ChannelReport
-from fxcompress.passes.channels.layout import Dim, Layout, dim_size
+from fxcompress.passes.channels.layout import Dim, Layout
 from fxcompress.passes.channels.units import Mask
 from torch import fx
 from torch._ops import OpOverload
@@ -40,13 +42,13 @@ class Edit:
     Attributes:
         operation: The call as it was.
         report: The analysis that removal follows.
-        removed: Which units go.
+        survivors: What stays.
         root: The module that holds the graph.
     """
 
     operation: Operation
     report: ChannelReport
-    removed: Mask
+    survivors: Survivors
     root: fx.GraphModule
 
     @property
@@ -81,16 +83,15 @@ class Edit:
 
     def kept(self, dim: Dim) -> Mask | None:
         """Which elements of a dim stay; ``None`` where all do."""
-        return self.report.kept_elements(dim, self.removed)
+        return self.survivors.dim(dim)
 
     def shrinks(self, *dims: Dim) -> bool:
         """Whether any element of any of these dims goes."""
-        return any(mask is not None for dim in dims for mask in self.report.kept(dim, self.removed))
+        return self.survivors.shrinks(*dims)
 
     def count(self, dim: Dim) -> int:
         """How many elements of a dim stay."""
-        kept = self.kept(dim)
-        return dim_size(dim) if kept is None else int(kept.sum())
+        return math.prod(map(self.survivors.size, dim))
 
     def size(self, dim: Dim, old: Any) -> Any:
         """A size argument after removal, as a number or as a node computed from the old one."""
@@ -102,11 +103,7 @@ class Edit:
 
     def ratio(self, dim: Dim) -> tuple[int, int]:
         """Sizes before and after of the factors of a dim that shrink."""
-        before = after = 1
-        for factor, mask in zip(dim, self.report.kept(dim, self.removed), strict=True):
-            if mask is not None:
-                before, after = before * factor.size, after * int(mask.sum())
-        return before, after
+        return self.survivors.ratio(dim)
 
     def rows(self, dim: Dim, outer: int) -> int:
         """How many of ``outer`` equal runs of a dim stay (groups of channels); those that do must stay equal.

@@ -74,12 +74,12 @@ class Units:
 
     def carried(self, array: Array) -> Array:
         """What the elements carry by now, those that stay for good included."""
-        return _compact(self._expand(array))
+        return _distinct(self._expand(array))
 
     def resolve(self, array: Array) -> Array:
         """What the elements carry by now: roots that can be removed, each once a row."""
         roots = self._expand(array)
-        return _compact(np.where(self._frozen_by[roots] == _FREE, roots, NONE))
+        return _distinct(np.where(self._frozen_by[roots] == _FREE, roots, NONE))
 
     def _roots(self, array: Array) -> Array:
         roots = self._parent[array]
@@ -106,7 +106,7 @@ class Units:
                 parts = np.where(split[:, None], self._parts[row], NONE)
                 parts[~split, 0] = column[~split]
                 columns.append(parts)
-            array = _compact(np.concatenate(columns, axis=1))
+            array = _distinct(np.concatenate(columns, axis=1))
 
     def join(self, a: Array, b: Array, cause: int) -> None:
         """Makes row ``i`` of ``a`` disappear exactly when row ``i`` of ``b`` does.
@@ -220,7 +220,13 @@ def _components(a: Array, b: Array) -> tuple[Array, Array]:
     return nodes, labels.astype(np.int64)
 
 
-def _compact(array: Array) -> Array:
+def compact(array: Array) -> Array:
+    """No column that is empty."""
+    used = (array != NONE).any(0)
+    return array if used.all() else array[:, used]
+
+
+def _distinct(array: Array) -> Array:
     """Each unit once a row, and no column that is empty."""
     width = array.shape[1]
     if width > 1:
@@ -228,8 +234,7 @@ def _compact(array: Array) -> Array:
         for i in range(1, width):
             repeated = (array[:, i : i + 1] == array[:, :i]).any(1)
             array[repeated, i] = NONE
-    used = (array != NONE).any(0)
-    return array if used.all() else array[:, used]
+    return compact(array)
 
 
 def _without_equal_columns(a: Array, b: Array) -> tuple[Array, Array]:

@@ -42,7 +42,8 @@ def empties(report, removed):
     listed = [found if isinstance(found, list) else [found] for found in report.layouts.values()]
     layouts = [layout for found in listed for layout in found]
     dims = (dim for layout in (*layouts, *report.state.values()) for dim in layout)
-    return any(mask is not None and not mask.any() for dim in dims for mask in report.kept(dim, removed))
+    survivors = report.survivors(removed)
+    return any(survivors.size(factor) == 0 for dim in dims for factor in dim)
 
 
 def check_plan(before, report, removed):
