@@ -12,7 +12,7 @@ from fxcompress.passes.channels.units import NONE, Array, Mask, Units, compact
 def joined(arrays: Sequence[Array]) -> Array:
     """Arrays of elements, one after the other."""
     width = max((array.shape[1] for array in arrays), default=0)
-    found: Array = np.full((sum(map(len, arrays)), width), NONE)
+    found: Array = np.full((sum(map(len, arrays)), width), NONE, order="F")
     place = 0
     for array in arrays:
         found[place : place + len(array), : array.shape[1]] = array
@@ -62,8 +62,10 @@ class Elements:
 
     def stay(self, removed: Mask) -> Mask:
         """For each element whether it stays."""
-        found: Mask = np.logical_not(removed[self.carried].any(axis=1))
-        return found
+        goes = np.zeros(len(self.carried), np.bool_)
+        for column in self.carried.T:  # rows are short, so columns are quicker
+            goes |= removed[column]
+        return np.logical_not(goes, out=goes)
 
     def counts(self, stay: Mask) -> Array:
         """For each array how many of its elements stay."""

@@ -244,10 +244,13 @@ class Algebra:
         return [piece for dim in self._factored(factor.units, sizes) for piece in dim]
 
     def _factored(self, array: Array, sizes: Sequence[int]) -> list[Dim]:
-        """An array seen as a product of dims: it equals the product of fresh ones."""
+        """An array seen as a product of dims: of those that are there, or else of fresh ones."""
+        array = self.units.resolve(array)
+        known = _separated(array, sizes)
+        if known is not None:
+            return known
         dims = [self.fresh(size) for size in sizes]
-        product = self.flat(tuple(factor for dim in dims for factor in dim))
-        self.units.join(array, product, self.cause)
+        self.units.factor(array, self.flat(tuple(factor for dim in dims for factor in dim)), self.cause)
         return dims
 
     def concatenated(self, dims: Iterable[Dim]) -> Dim:
@@ -269,6 +272,23 @@ class Algebra:
         if len(chosen) == 1:  # a dim of one element cannot lose it
             self.units.freeze(chosen, self.cause)
         return elements(chosen)
+
+
+def _separated(array: Array, sizes: Sequence[int]) -> list[Dim] | None:
+    """The dims of a grid in which each column varies along one axis, and some column along each; ``None`` for others."""
+    found: list[list[Array]] = [[] for _ in sizes]
+    for column in array.T:
+        grid = column.reshape(sizes)
+        for axis, size in enumerate(sizes):
+            line = grid[tuple(slice(None) if place == axis else slice(1) for place in range(len(sizes)))]
+            if size > 1 and (grid == line).all() and (line != line.flat[0]).any():
+                found[axis].append(line.reshape(-1))
+                break
+        else:
+            return None
+    if not all(columns for size, columns in zip(sizes, found, strict=True) if size > 1):
+        return None
+    return [elements(np.stack(columns, axis=1)) if columns else () for columns in found]
 
 
 def _bounds(dim: Iterable[Factor]) -> list[int]:

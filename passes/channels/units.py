@@ -44,6 +44,7 @@ class Units:
         self._frozen_by = np.array([0])
         self._parts_row = np.array([_WHOLE])
         self._parts = np.empty((0, 2), np.int64)
+        self._divided = 0
 
     def fresh(self, count: int) -> Array:
         """An array of ``count`` elements with one new unit each."""
@@ -99,12 +100,13 @@ class Units:
                 return roots
             columns = []
             for column, row in zip(roots.T, rows.T, strict=True):
-                split = row != _WHOLE
-                if not split.any():
+                divided = np.flatnonzero(row != _WHOLE)
+                if not len(divided):
                     columns.append(column[:, None])
                     continue
-                parts = np.where(split[:, None], self._parts[row], NONE)
-                parts[~split, 0] = column[~split]
+                parts = np.full((len(column), self._parts.shape[1]), NONE, order="F")
+                parts[:, 0] = column
+                parts[divided] = self._parts[row[divided]]
                 columns.append(parts)
             array = _distinct(np.concatenate(columns, axis=1))
 
@@ -126,6 +128,14 @@ class Units:
             self._join_single(a[:, 0], b[:, 0], cause)
         else:
             self._join_products(a, b, cause)
+
+    def factor(self, array: Array, product: Array, cause: int) -> None:
+        """Joins an array with a product of fresh units: where its own are independent, each becomes its row."""
+        found = self.resolve(array)
+        if found.shape[1] == 1 and found.min() != NONE and len(np.unique(found)) == len(found):
+            self._divide(found[:, 0], product)
+        else:
+            self.join(found, product, cause)
 
     def _join_single(self, a: Array, b: Array, cause: int) -> None:
         both = (a != NONE) & (b != NONE)
@@ -194,12 +204,18 @@ class Units:
         self._union(units[single], table[single].max(1, initial=NONE))
         many = counts > 1
         if many.any():
-            width = table.shape[1]
-            if width > self._parts.shape[1]:
-                self._parts = np.pad(self._parts, ((0, 0), (0, width - self._parts.shape[1])), constant_values=NONE)
-            rows = np.pad(table[many], ((0, 0), (0, self._parts.shape[1] - width)), constant_values=NONE)
-            self._parts_row[units[many]] = len(self._parts) + np.arange(len(rows))
-            self._parts = np.concatenate([self._parts, rows])
+            self._divide(units[many], table[many])
+
+    def _divide(self, units: Array, rows: Array) -> None:
+        """Makes each unit the product of the units in its row."""
+        first, self._divided = self._divided, self._divided + len(rows)
+        capacity, width = self._parts.shape
+        if self._divided > capacity or rows.shape[1] > width:
+            table = np.full((max(2 * self._divided, capacity), max(rows.shape[1], width)), NONE)
+            table[:capacity, :width] = self._parts
+            self._parts = table
+        self._parts[first : self._divided, : rows.shape[1]] = rows
+        self._parts_row[units] = np.arange(first, self._divided)
 
     def _collapse(self, a: Array, b: Array) -> None:
         """The equation that is always right: all units of a row are one."""
@@ -232,8 +248,8 @@ def _distinct(array: Array) -> Array:
     if width > 1:
         array = array.copy()
         for i in range(1, width):
-            repeated = (array[:, i : i + 1] == array[:, :i]).any(1)
-            array[repeated, i] = NONE
+            for j in range(i):
+                array[array[:, i] == array[:, j], i] = NONE
     return compact(array)
 
 
