@@ -275,7 +275,7 @@ class Algebra:
 
 
 def _separated(array: Array, sizes: Sequence[int]) -> list[Dim] | None:
-    """The dims of a grid in which each column varies along one axis, and some column along each; ``None`` for others."""
+    """The dims of a grid whose columns vary along one axis each, and some along each axis; ``None`` for others."""
     found: list[list[Array]] = [[] for _ in sizes]
     for column in array.T:
         grid = column.reshape(sizes)
