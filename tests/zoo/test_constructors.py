@@ -1,6 +1,6 @@
 """Slim models against their own constructors: an oracle outside this project.
 
-Where half of everything is a width that the model's constructor takes, a model that it builds at that width must compute
+Where half of everything is a width that the model's constructor takes, a model that it builds at that width computes
 with the slim weights what the slim Program does.
 """
 
