@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 from fxcompress.errors import InputError
@@ -12,7 +13,12 @@ from fxcompress.tracing.inputs import split_call
 
 
 def calibration_inputs(program: Program, task: Task | None, reader: str, count: int) -> list[list[Any]]:
-    """The flat inputs of the first calibration batches.
+    """The flat inputs of the first calibration batches, all in memory; as :func:`calibration_stream` otherwise."""
+    return list(calibration_stream(program, task, reader, count))
+
+
+def calibration_stream(program: Program, task: Task | None, reader: str, count: int) -> Iterator[list[Any]]:
+    """The flat inputs of the first calibration batches, one at a time.
 
     Args:
         program: The Program that they are for.
@@ -27,14 +33,14 @@ def calibration_inputs(program: Program, task: Task | None, reader: str, count: 
         raise InputError(f"{reader} computes activations, but the model is on the meta device; load its weights first")
     if task is None or task.calibration is None:
         raise InputError(f"{reader} needs calibration batches: give task=fxcompress.Task(calibration=[batch, ...])")
-    batches = []
+    index = -1
     for index, batch in enumerate(itertools.islice(task.calibration, count)):
         args, kwargs = split_call(task.model_inputs(batch))
         try:
-            batches.append(program.flatten_inputs(args, kwargs))
+            leaves = program.flatten_inputs(args, kwargs)
         except InputError as error:
             error.add_note(f"calibration batch {index}, read by {reader}")
             raise
-    if not batches:
+        yield leaves
+    if index < 0:
         raise InputError(f"{reader} needs calibration batches, but Task.calibration gave none")
-    return batches

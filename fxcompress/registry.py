@@ -31,6 +31,8 @@ BUILT_IN: Mapping[str, str] = {
     "eliminate-dead": "fxcompress.passes.eliminate_dead:EliminateDead",
     "fold-batchnorm": "fxcompress.passes.fold_batchnorm:FoldBatchnorm",
     "fold-constants": "fxcompress.passes.fold_constants:FoldConstants",
+    "insert-qdq": "fxcompress.passes.insert_qdq:InsertQdq",
+    "ranges": "fxcompress.passes.ranges:Ranges",
     "reestimate-batchnorm": "fxcompress.passes.reestimate_batchnorm:ReestimateBatchnorm",
     "remove-channels": "fxcompress.passes.remove_channels:RemoveChannels",
     "select-channels": "fxcompress.passes.select_channels:SelectChannels",

@@ -135,7 +135,7 @@ class Program:
 
         Its Python code is generated when it is first run.
         """
-        graph = _copy_graph(self.graph_module.graph)
+        graph = copy_graph(self.graph_module.graph)
         clone = clone_graph_module(self.graph_module, graph, lambda tensor: tensor, kind=_LazyGraphModule)
         program = Program(clone, self.interface, tuple(self.diagnostics), self.name)
         program._analyses = dict(self._analyses)
@@ -165,7 +165,8 @@ class Program:
         return f"Program({self.name}: {calls} operations, {sum(parameters.values()) / 1e6:.3f} M parameters)"
 
 
-def _copy_graph(graph: fx.Graph) -> fx.Graph:
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy of a graph with nodes of the same names."""
     clone = fx.Graph()
     made: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:

@@ -1,0 +1,144 @@
+"""Makes a model compute in integers: quantize and dequantize nodes where the target engine looks for them.
+
+Values become integers by the affine mapping of Jacob et al. (2018, arXiv:1712.05877); the range of each comes from
+calibration batches.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from fxcompress.passes.quantization.grid import Grid, QuantizationParameters, Range
+from fxcompress.passes.quantization.nodes import quantize_dequantize, quantized
+from fxcompress.passes.quantization.placement import Placement, Point
+from fxcompress.passes.quantization.targets import Target, target_of
+from fxcompress.passes.quantization.weights import channel_scales, quantize_weight
+from fxcompress.passes.ranges import Ranges
+from torch import fx
+
+from fxcompress.analysis import analyze
+from fxcompress.ir.lowering import lowered
+from fxcompress.ir.ops import operation, operations
+from fxcompress.ir.program import Program
+from fxcompress.ir.weighted import weighted_layer
+from fxcompress.pass_base import Guarantee, PassResult, Refusal, Transform
+from fxcompress.task import Task
+from fxcompress.tracing.raising import called_path
+
+QUANTIZED = "quantized_decomposed"
+
+
+@dataclass(frozen=True)
+class InsertQdq(Transform):
+    """Puts quantize and dequantize nodes where the target engine computes in int8.
+
+    Weights become integers per output channel, biases stay as they are, and nothing stands between operators that the
+    engine computes as one. A Program that has such nodes already is left alone. Refuses, naming the layer:
+    ``computed-weight``, ``not-float32``, ``not-finite``.
+
+    Attributes:
+        target: Engine that will run the model.
+        skip: Patterns of layers to keep in floating point: qualified names of modules, or of nodes.
+        observer: How ranges follow from the calibration batches; see the analysis ``ranges``.
+        batches: How many of the task's calibration batches to use.
+        least: Calibration samples that must be there.
+    """
+
+    name: ClassVar[str] = "insert-qdq"
+    guarantee: ClassVar[Guarantee] = "lossy"
+
+    target: str = "openvino"
+    skip: tuple[str, ...] = ()
+    observer: str = "minmax"
+    batches: int = 64
+    least: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        target_of(self.target)
+
+    def run(self, program: Program, task: Task | None) -> PassResult:
+        """Counts the ``layers`` and ``activations`` that became integers."""
+        root, target = program.graph_module, target_of(self.target)
+        if any(getattr(node.target, "namespace", None) == QUANTIZED for node in program.nodes):
+            return PassResult(changed=False, statistics={"layers": 0, "activations": 0})
+        refusals = {refusal.node: refusal for refusal in _objections(root, target)}
+        floating = {node for node in program.nodes if node.name in refusals or self._skips(node)}
+        points = Placement(root, target, floating).points()
+        if not points:
+            return PassResult(False, tuple(refusals.values()), {"layers": 0, "activations": 0})
+        analysis = Ranges(self.observer, self.batches, self.least, symmetric=target.symmetric)
+        ranges = analyze(program, analysis, task).ranges
+        while unbounded := [point for point in points if not ranges[point.source.name].finite]:
+            refused = {reader: point.source for point in unbounded for reader in point.readers}
+            refusals.update({reader.name: _unbounded(reader, source) for reader, source in refused.items()})
+            points = Placement(root, target, floating := floating | refused.keys()).points()
+        grid = Grid(symmetric=target.symmetric)
+        for point, parameters in zip(points, _parameters(points, ranges, grid), strict=True):
+            integers = quantize_dequantize(point.source, parameters)
+            for reader in point.readers:
+                reader.replace_input_with(point.source, integers)
+        layers = sum(_quantize_layer(root, node, target) for node in list(program.nodes) if node not in floating)
+        return PassResult(bool(points), tuple(refusals.values()), {"layers": layers, "activations": len(points)})
+
+    def _skips(self, node: fx.Node) -> bool:
+        names = (node.name, str(node.target)) if node.op == "call_module" else (node.name, called_path(node))
+        return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in self.skip)
+
+
+def _objections(root: fx.GraphModule, target: Target) -> Iterator[Refusal]:
+    """Layers that must stay in floating point."""
+    for call in operations(root):
+        if call.overload not in target.layers:
+            continue
+        weight = call.parameter("weight")
+        if weight is None:
+            yield Refusal("computed-weight", call.node.name, "its weight is computed in the graph; store the weight")
+        elif weight.dtype != torch.float32:
+            reason = f"its weight is {weight.dtype}, and only torch.float32 becomes integers; convert the model first"
+            yield Refusal("not-float32", call.node.name, reason)
+        elif not bool(torch.isfinite(weight).all()):
+            yield Refusal("not-finite", call.node.name, "its weight holds NaN or Inf; repair the model")
+
+
+def _unbounded(reader: fx.Node, source: fx.Node) -> Refusal:
+    reason = f"it reads {source.name}, which is infinite on calibration batches; no grid holds that"
+    return Refusal("unbounded-range", reader.name, reason)
+
+
+def _parameters(points: list[Point], ranges: Mapping[str, Range], grid: Grid) -> list[QuantizationParameters]:
+    """Scale and zero point of each point; those that share them cover the ranges of all."""
+    united: dict[int, Range] = {}
+    for point in points:
+        found = ranges[point.source.name]
+        united[point.sharing] = united.get(point.sharing, found).united(found)
+    return [grid.parameters(united[point.sharing]) for point in points]
+
+
+def _quantize_layer(root: fx.GraphModule, node: fx.Node, target: Target) -> bool:
+    """Makes integers of the weight of a layer whose input is integers."""
+    call = operation(root, node)
+    layer = weighted_layer(call) if call is not None and call.overload in target.layers else None
+    if layer is None:
+        return False
+    scale = _scale(root, layer.operation["input"], target)
+    if scale is None:
+        return False
+    reader = lowered(root, layer.operation)
+    quantize_weight(root, layer, reader, channel_scales(layer, scale))
+    return True
+
+
+def _scale(root: fx.GraphModule, node: fx.Node, target: Target) -> float | None:
+    """The scale of the integers that a value is made of, if it is."""
+    while node.target is not quantized.dequantize_per_tensor.default:
+        call = operation(root, node)
+        if call is None or call.overload not in target.views | target.joins:
+            return None
+        node = node.all_input_nodes[0]
+    scale: Any = node.args[1]
+    return float(scale)

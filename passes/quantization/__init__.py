@@ -1,0 +1,1 @@
+"""Quantization: what is observed, which values become integers on which engine, and with what scale."""

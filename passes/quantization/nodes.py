@@ -1,0 +1,44 @@
+"""Q/DQ nodes: the ecosystem's ``quantized_decomposed`` operators in a graph.
+
+``quantize`` makes integers of a value and ``dequantize`` real values of them; in between stands what an engine keeps.
+Weights stay parameters in floating point with a pair of nodes behind them, so that a later pass can move them to the
+grid point of its choice; exported files hold the integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.ao.quantization.fx._decomposed  # registers the operators
+from fxcompress.passes.quantization.grid import QuantizationParameters
+from torch import fx
+
+quantized = torch.ops.quantized_decomposed
+
+
+def quantize_dequantize(source: fx.Node, parameters: QuantizationParameters) -> fx.Node:
+    """A pair of nodes right behind a value, one scale for all of it; gives the node of the real values."""
+    p = parameters
+    given = (p.scale, p.zero_point, p.quant_min, p.quant_max, p.dtype)
+    with source.graph.inserting_after(_last_input(source)):
+        integers = call(quantized.quantize_per_tensor.default, (source, *given))
+    with source.graph.inserting_after(integers):
+        return call(quantized.dequantize_per_tensor.default, (integers, *given))
+
+
+def _last_input(node: fx.Node) -> fx.Node:
+    """Inputs stay together at the head of the graph."""
+    while node.op == "placeholder" and node.next.op == "placeholder":
+        node = node.next
+    return node
+
+
+def call(target: Any, args: Sequence[Any]) -> fx.Node:
+    """A node at the place where its first operand's graph inserts, with the fake tensor that it stands for."""
+    made: fx.Node = args[0].graph.call_function(target, tuple(args))
+    values = fx.node.map_arg(tuple(args), lambda node: node.meta["val"])
+    with args[0].meta["val"].fake_mode:
+        made.meta["val"] = target(*values)
+    return made

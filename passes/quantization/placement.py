@@ -1,0 +1,136 @@
+"""Placement: between which operators values become integers.
+
+Readers decide. A value becomes integers where it is made, for those of its readers that compute in integers; what only
+passes values through hands the wish of its readers on to what it reads. So there is nothing between operators that the
+engine computes as one, and a value that several read becomes integers once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import networkx as nx
+import torch
+from fxcompress.passes.quantization.targets import Target
+from torch import fx
+
+from fxcompress.ir.ops import Operation, operation
+
+
+@dataclass(frozen=True)
+class Point:
+    """A value that becomes integers.
+
+    Attributes:
+        source: The node that computes it.
+        readers: The nodes that read the integers; others read the value as it was.
+        sharing: Number of the set of points that have one scale and zero point.
+    """
+
+    source: fx.Node
+    readers: tuple[fx.Node, ...]
+    sharing: int
+
+
+class Placement:
+    """Which values of a graph become integers on a target.
+
+    Args:
+        graph_module: The graph.
+        target: The target.
+        skipped: Nodes that stay in floating point.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule, target: Target, skipped: Collection[fx.Node] = ()) -> None:
+        self._target = target
+        self._calls: dict[fx.Node, Operation] = {}
+        for node in graph_module.graph.nodes:
+            call = operation(graph_module, node)
+            if call is not None and node not in skipped:
+                self._calls[node] = call
+        self._wishes: dict[fx.Node, tuple[fx.Node, ...]] = {}
+        for node in reversed(graph_module.graph.nodes):
+            if _is_float(node):
+                self._wishes[node] = tuple(user for user in node.users if self._wants(user, node))
+
+    def points(self) -> list[Point]:
+        """The points in execution order."""
+        readers = {node: found for node, found in self._wishes.items() if found and not self._passes(node)}
+        sharing = self._sharing(readers)
+        if self._target.closed:
+            self._close(readers, sharing)
+        sets = {node: index for index, found in enumerate(nx.connected_components(sharing)) for node in found}
+        return [Point(node, readers[node], sets[node]) for node in reversed(self._wishes) if node in readers]
+
+    def _wants(self, user: fx.Node, source: fx.Node) -> bool:
+        """Whether a reader takes a value as integers."""
+        call = self._calls.get(user)
+        if call is None:
+            return False
+        named = {name for name, operand in call.operands.items() if operand is source}
+        if named & set(self._target.layers.get(call.overload, ())):
+            return True
+        if named & set(self._target.carriers.get(call.overload, ())):
+            return all(map(_is_float, call.operands.values())) and self._complete(self._result(user))
+        return self._passes(user)
+
+    def _passes(self, node: fx.Node) -> bool:
+        """Whether a node hands integers on as they are."""
+        call = self._calls.get(node)
+        through = self._target.views | self._target.joins
+        return call is not None and call.overload in through and self._complete(node)
+
+    def _complete(self, node: fx.Node) -> bool:
+        return bool(node.users) and len(self._wishes.get(node, ())) == len(node.users)
+
+    def _result(self, node: fx.Node) -> fx.Node:
+        """Where the value of an operator ends: after the activation that is computed with it."""
+        users = list(node.users)
+        call = self._calls.get(users[0]) if len(users) == 1 else None
+        return users[0] if call is not None and call.overload in self._target.fused else node
+
+    def _sharing(self, readers: dict[fx.Node, tuple[fx.Node, ...]]) -> nx.Graph[fx.Node]:
+        """The points, those that must agree linked."""
+        linked: nx.Graph[fx.Node] = nx.Graph()
+        linked.add_nodes_from(readers)
+        for node, call in self._calls.items():
+            if call.overload in self._target.joins and self._passes(node):
+                origins = [origin for source in node.all_input_nodes for origin in self._origins(source)]
+                nx.add_path(linked, origins)
+        return linked
+
+    def _origins(self, node: fx.Node) -> Iterator[fx.Node]:
+        """The points that a value comes from."""
+        if not self._passes(node):
+            yield node
+            return
+        for source in node.all_input_nodes:
+            if _is_float(source):
+                yield from self._origins(source)
+
+    def _close(self, readers: dict[fx.Node, tuple[fx.Node, ...]], sharing: nx.Graph[fx.Node]) -> None:
+        """Adds what a target needs whose integer kernels give integers: points after them, for all readers."""
+        through = self._target.views | self._target.joins
+        for node in list(readers):
+            readers[node] = tuple(node.users)
+        for node in reversed(self._wishes):
+            call = self._calls.get(node)
+            if call is None or not node.users:
+                continue
+            sources = [source for source in node.all_input_nodes if _is_float(source)]
+            given = bool(sources) and all(source in readers for source in sources)
+            if not given:
+                continue
+            result = self._result(node)
+            if call.overload in self._target.layers or call.overload in self._target.carriers:
+                readers.setdefault(result, tuple(result.users))
+                sharing.add_node(result)
+            elif call.overload in through:
+                readers[node] = tuple(node.users)
+                nx.add_path(sharing, [*sources, node])
+
+
+def _is_float(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return node.op != "get_attr" and isinstance(value, torch.Tensor) and value.is_floating_point()

@@ -1,0 +1,64 @@
+"""Weights as integers: one scale for each output channel (Krishnamoorthi 2018, arXiv:1806.08342), zero point 0.
+
+A channel's scale is its largest magnitude over the largest integer, but never so small that it means nothing:
+
+- not below ``2**-23`` of the largest scale of the weight, which is what float32 tells apart;
+- not so small that the channel's bias exceeds ``2**30`` steps of ``input scale * weight scale``: engines add it to
+  32-bit accumulators. What a coarser scale loses there is at most ``2**-23`` of the bias;
+- 1 where the whole weight is zero.
+"""
+
+from __future__ import annotations
+
+import torch
+from fxcompress.passes.quantization.nodes import call, quantized
+from torch import fx
+
+from fxcompress.ir.lowering import read_state
+from fxcompress.ir.ops import argument_names, free_name, set_state
+from fxcompress.ir.weighted import WeightedLayer
+
+_BIAS_STEPS = 2.0**30
+_RELATIVE = 2.0**-23
+
+
+def channel_scales(layer: WeightedLayer, input_scale: float, bits: int = 8) -> torch.Tensor:
+    """The scales of a layer's weight, one a channel along :func:`channel_axis`, float32."""
+    largest = 2 ** (bits - 1) - 1
+    weight, axis = layer.operation["weight"].detach().double(), channel_axis(layer)
+    rows = weight.transpose(0, axis).flatten(1)
+    scales = rows.abs().amax(1) / largest
+    whole = float(scales.max())
+    if whole == 0:
+        return torch.ones(len(scales), dtype=torch.float32, device=weight.device)
+    bias = layer.operation.parameter("bias")
+    if bias is not None and input_scale > 0:
+        steps = bias.detach().double().abs().reshape(-1, len(scales)).amax(0)
+        scales = scales.maximum(steps / (input_scale * _BIAS_STEPS))
+    usable: torch.Tensor = scales.clamp(min=whole * _RELATIVE).float()
+    return usable
+
+
+def channel_axis(layer: WeightedLayer) -> int:
+    """The dim of a weight that output channels lie along; in a transposed convolution those of each group."""
+    return 1 if layer.layout.transposed else 0
+
+
+def quantize_weight(
+    graph_module: fx.GraphModule, layer: WeightedLayer, reader: fx.Node, scales: torch.Tensor, bits: int = 8
+) -> None:
+    """Puts Q/DQ nodes between a layer's weight and ``reader``, the ``call_function`` of the layer."""
+    largest = 2 ** (bits - 1) - 1
+    position = argument_names(layer.operation.overload).index("weight")
+    weight = reader.args[position]
+    path, _, leaf = layer.operation.state["weight"].rpartition(".")
+    held = {"scale": scales, "zero_point": torch.zeros(len(scales), dtype=torch.int64, device=scales.device)}
+    states = []
+    for suffix, tensor in held.items():
+        name = f"{path}.{free_name(graph_module, path, f'{leaf}_{suffix}')}".lstrip(".")
+        set_state(graph_module, name, tensor)
+        states.append(read_state(graph_module, name, reader))
+    given = (*states, channel_axis(layer), -largest, largest, torch.int8)
+    with graph_module.graph.inserting_before(reader):
+        integers = call(quantized.quantize_per_channel.default, (weight, *given))
+        reader.update_arg(position, call(quantized.dequantize_per_channel.default, (integers, *given)))

@@ -1,0 +1,95 @@
+"""insert-qdq: integers where the engine computes in them, and nowhere else."""
+
+import pytest
+import torch
+from fxcompress.passes.insert_qdq import InsertQdq
+from models import small_vit
+from torch import nn
+
+from fxcompress import InputError, PassManager, Task, load, trace
+from fxcompress.artifact import save
+from fxcompress.digits import ResidualBlock
+
+TARGETS = ["openvino", "onnxruntime"]
+
+
+def data(*shape, batches=4):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(*shape, generator=generator) for _ in range(batches)]
+
+
+def quantized(model, *shape, calibration=None, **options):
+    torch.manual_seed(0)
+    before = PassManager("fold-batchnorm").run(trace(model.eval(), torch.randn(*shape))).program
+    done = PassManager([InsertQdq(**options)]).run(before, Task(calibration=calibration or data(*shape)))
+    return done.program, done.records[0]
+
+
+def residual():
+    torch.manual_seed(0)
+    return nn.Sequential(ResidualBlock(3, 4, 1), ResidualBlock(4, 8, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(8, 5))  # fmt: skip
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_residual_net(target, golden):
+    after, record = quantized(residual(), 8, 3, 8, 8, target=target)
+    assert record.result.changed
+    assert record.result.refusals == ()
+    assert record.comparison.sqnr_db > 25
+    golden(f"insert-qdq-{target}", structure(after))
+
+
+def structure(program):
+    """The operators, with ``q(...)`` around what they read as integers and ``w`` for quantized weights."""
+    lines = []
+    for node in program.nodes:
+        if node.op != "get_attr" and "quantize" not in node.name:
+            lines.append(f"%{node.name} = {node.target}({', '.join(map(operand, node.all_input_nodes))})")
+    return "\n".join(lines) + "\n"
+
+
+def operand(node):
+    if str(node.target) == "quantized_decomposed.dequantize_per_tensor.default":
+        return f"q({operand(node.args[0].args[0])})"
+    if str(node.target) == "quantized_decomposed.dequantize_per_channel.default":
+        return f"w({node.args[0].args[0].target})"
+    return str(node.target) if node.op == "get_attr" else f"%{node.name}"
+
+
+def test_twice_is_once():
+    after, _ = quantized(residual(), 8, 3, 8, 8)
+    again = PassManager([InsertQdq()]).run(after, Task(calibration=data(8, 3, 8, 8)))
+    assert not again.records[0].changed
+    assert again.program.text() == after.text()
+
+
+def test_a_saved_model_comes_back(tmp_path):
+    after, _ = quantized(residual(), 8, 3, 8, 8)
+    save(after, tmp_path / "m.pt2")
+    x = data(8, 3, 8, 8)[0]
+    assert torch.equal(load(tmp_path / "m.pt2")(x), after(x))
+
+
+def test_weights_stay_trainable_parameters_of_their_names():
+    model = residual()
+    after, _ = quantized(model, 8, 3, 8, 8)
+    names = set(dict(after.emit().named_parameters()))
+    assert {"4.weight", "4.bias"} <= names
+
+
+def test_an_unknown_target_and_observer():
+    with pytest.raises(InputError, match="no quantization target 'openvno'; did you mean 'openvino'"):
+        InsertQdq(target="openvno")
+    with pytest.raises(InputError, match="no observer 'minmix'; did you mean 'minmax'"):
+        quantized(residual(), 8, 3, 8, 8, observer="minmix")
+
+
+def test_needs_calibration():
+    with pytest.raises(InputError, match="ranges needs calibration batches"):
+        PassManager("insert-qdq").run(trace(residual().eval(), torch.randn(2, 3, 8, 8)))
+
+
+def test_a_transformer():
+    _, record = quantized(small_vit(), 4, 3, 32, 32, calibration=data(8, 3, 32, 32))
+    assert record.result.statistics["layers"] == 6
