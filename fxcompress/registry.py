@@ -27,6 +27,7 @@ GROUP = "fxcompress.passes"
 BUILT_IN: Mapping[str, str] = {
     "channels": "fxcompress.passes.channels.analysis:Channels",
     "compensate": "fxcompress.passes.compensate:Compensate",
+    "correct-bias": "fxcompress.passes.correct_bias:CorrectBias",
     "cost": "fxcompress.passes.cost:Cost",
     "eliminate-dead": "fxcompress.passes.eliminate_dead:EliminateDead",
     "fold-batchnorm": "fxcompress.passes.fold_batchnorm:FoldBatchnorm",

@@ -8,18 +8,17 @@ errors do not pile up. The mean of what goes is taken up by the layer's bias, or
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from fxcompress.passes.calibrated.least_squares import Fit, Moments, fit
+from fxcompress.passes.calibrated.patches import sample
+from fxcompress.passes.calibrated.progress import shown
+from fxcompress.passes.calibrated.streams import Streams
 from fxcompress.passes.channels.kept import kept_shapes
-from fxcompress.passes.channels.least_squares import Fit, Moments, fit
-from fxcompress.passes.channels.patches import sample
 from fxcompress.passes.channels.plan import planned
-from fxcompress.passes.channels.streams import Streams
-from rich.console import Console
-from rich.progress import track
 from torch import fx
 
 from fxcompress.calibration import calibration_inputs
@@ -29,6 +28,7 @@ from fxcompress.ir.program import Program
 from fxcompress.ir.weighted import WeightedLayer, successor, weighted_layer
 from fxcompress.pass_base import Guarantee, PassResult, Refusal, Transform
 from fxcompress.task import Task
+from fxcompress.verification.oracle import Oracle
 
 aten = torch.ops.aten
 
@@ -75,9 +75,13 @@ class Compensate(Transform):
             return PassResult(changed=False, statistics={"refitted": 0})
         root = program.graph_module
         inputs = calibration_inputs(program, task, self.name, self.batches)
-        streams = Streams(program, kept_shapes(report, removed), inputs)
-        refit = _Refit(root, streams, self.places, self.penalty, torch.Generator().manual_seed(self.seed))
-        for node in _shown(streams):
+        kept = kept_shapes(report, removed)
+        original, oracle = program.copy().graph_module, Oracle(program, kept)
+        streams = Streams(
+            lambda: fx.Interpreter(original), lambda: Oracle(program, kept), lambda node: node.name in kept, inputs
+        )
+        refit = _Refit(root, streams, oracle, self.places, self.penalty, torch.Generator().manual_seed(self.seed))
+        for node in shown(streams, self.name):
             refit.visit(node)
         before, after = sum(fit.before for fit in refit.fits), sum(fit.after for fit in refit.fits)
         left = round(100 * after / before, 1) if before > 0 else 0.0
@@ -85,20 +89,19 @@ class Compensate(Transform):
         return PassResult(bool(refit.fits), tuple(refit.refusals), statistics)
 
 
-def _shown(streams: Streams) -> Iterable[fx.Node]:
-    """The nodes, with a progress bar where someone looks on."""
-    console = Console(stderr=True)
-    hidden = not console.is_terminal
-    return track(streams, Compensate.name, len(streams), console=console, transient=True, disable=hidden)
-
-
 class _Refit:
     """Fits one layer after the other as the streams reach it."""
 
     def __init__(
-        self, root: fx.GraphModule, streams: Streams, places: int, penalty: float | None, generator: torch.Generator
+        self,
+        root: fx.GraphModule,
+        streams: Streams,
+        oracle: Oracle,
+        places: int,
+        penalty: float | None,
+        generator: torch.Generator,
     ) -> None:
-        self._root, self._streams = root, streams
+        self._root, self._streams, self._oracle = root, streams, oracle
         self._places, self._penalty, self._generator = places, penalty, generator
         self._shared = {tensor for tensor, calls in readers(root).items() if len(calls) > 1}
         self.fits: list[Fit] = []
@@ -153,14 +156,14 @@ class _Refit:
 
     def _kept_channels(self, node: fx.Node, value: torch.Tensor, layer: WeightedLayer) -> torch.Tensor:
         every = torch.ones(1, dtype=torch.bool, device=value.device)
-        return self._streams.keeps(node, value).get(layer.layout.channel_dim(value.dim()), every)
+        return self._oracle.keeps(node, value).get(layer.layout.channel_dim(value.dim()), every)
 
     def _fit(self, layer: WeightedLayer, filters: _Filters, shifted: bool) -> Fit | None:
         old, columns = filters.matrix(), filters.columns
         none = Moments.zero(old)
         halves = [none, none]
         pairs = list(self._streams.pairs(layer.operation["input"], layer.node))
-        keeps = self._streams.keeps(layer.node, pairs[0][1])
+        keeps = self._oracle.keeps(layer.node, pairs[0][1])
         for index, (x, y) in enumerate(pairs):
             found = sample(layer, x, y, keeps, max(self._places // len(pairs), 1), self._generator)
             inputs, outputs = found.inputs[:, :, columns].flatten(2), found.outputs * filters.outputs

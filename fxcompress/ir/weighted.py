@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch._ops import OpOverload
 
-from fxcompress.ir.ops import Operation, operation, replace_state, set_state
+from fxcompress.ir.ops import Operation, free_name, operation, replace_state, set_state
 
 aten = torch.ops.aten
 
@@ -87,6 +87,12 @@ class WeightedLayer:
         return self.operation.node
 
     @property
+    def kernel(self) -> tuple[int, ...]:
+        """Spatial sizes of its filters; the weight may be state or computed."""
+        weight = self.operation["weight"]
+        return tuple((weight.meta["val"] if isinstance(weight, fx.Node) else weight).shape[2:])
+
+    @property
     def sees_every_tap(self) -> bool:
         """Whether each output sums all taps of its filter on real input: no zero padding, none left out at the border.
 
@@ -95,7 +101,7 @@ class WeightedLayer:
         if self.layout.spatial == 0:
             return True
         call = self.operation
-        reach = [d * (k - 1) for d, k in zip(call["dilation"], call["weight"].shape[2:], strict=True)]
+        reach = [d * (k - 1) for d, k in zip(call["dilation"], self.kernel, strict=True)]
         if call["padding"] == "same":
             return not any(reach)
         if not self.layout.transposed:
@@ -174,21 +180,20 @@ def put_weight(graph_module: fx.GraphModule, layer: WeightedLayer, weight: torch
     elif call.module is not None:
         set_state(graph_module, f"{call.node.target}.bias", bias)
     else:
-        _add_bias_argument(graph_module, call, bias)
+        path, _, leaf = call.state["weight"].rpartition(".")
+        leaf = leaf.replace("weight", "bias") if "weight" in leaf else f"{leaf}_bias"
+        add_bias(graph_module, call.node, f"{path}.{leaf}".lstrip("."), bias)
 
 
-def _add_bias_argument(graph_module: fx.GraphModule, call: Operation, bias: torch.Tensor) -> None:
-    path, _, weight_leaf = call.state["weight"].rpartition(".")
-    owner = graph_module.get_submodule(path)
-    leaf = weight_leaf.replace("weight", "bias") if "weight" in weight_leaf else f"{weight_leaf}_bias"
-    while hasattr(owner, leaf):
-        leaf += "_"
-    name = f"{path}.{leaf}".lstrip(".")
+def add_bias(graph_module: fx.GraphModule, node: fx.Node, name: str, bias: torch.Tensor) -> None:
+    """Gives an ATen call of a layer a bias where there was none, under that name or one like it that is free."""
+    path, _, leaf = name.rpartition(".")
+    name = f"{path}.{free_name(graph_module, path, leaf)}".lstrip(".")
     set_state(graph_module, name, bias)
-    with graph_module.graph.inserting_before(call.node):
+    with graph_module.graph.inserting_before(node):
         read = graph_module.graph.get_attr(name)
-    read.meta["val"] = call.node.meta["val"].new_empty(bias.shape, dtype=bias.dtype)
-    if len(call.node.args) > 2:
-        call.node.update_arg(2, read)
+    read.meta["val"] = node.meta["val"].new_empty(bias.shape, dtype=bias.dtype)
+    if len(node.args) > 2:
+        node.update_arg(2, read)
     else:
-        call.node.update_kwarg("bias", read)
+        node.update_kwarg("bias", read)

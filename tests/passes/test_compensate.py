@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from fxcompress.passes.channels.least_squares import PENALTIES, Moments, fit, solve
-from fxcompress.passes.channels.patches import sample
+from fxcompress.passes.calibrated.least_squares import PENALTIES, Moments, fit, solve
+from fxcompress.passes.calibrated.patches import sample
 from fxcompress.passes.channels.plan import ChannelPlan, Removal, digest
 from fxcompress.passes.compensate import Compensate
 from models import BERT_INPUTS, inputs, settled, small_bert, small_vit

@@ -86,7 +86,7 @@ def _kept_places(y: torch.Tensor, channel: int, keeps: dict[int, torch.Tensor]) 
 def _windows(layer: WeightedLayer, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """``(places, channels, taps)`` of a convolution's input; only what is asked for is copied."""
     call, spatial = layer.operation, layer.layout.spatial
-    kernel, dilation = call["weight"].shape[2:], call["dilation"]
+    kernel, dilation = layer.kernel, call["dilation"]
     reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     stride = list(call["stride"])
     if layer.layout.transposed:

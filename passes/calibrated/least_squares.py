@@ -80,6 +80,10 @@ class Moments:
             self.yy - self.y.square() / n,
         )  # fmt: skip
 
+    def mean_error(self, weight: torch.Tensor) -> torch.Tensor:
+        """How much the outputs of filters are too small in the mean, ``(groups, outputs)``."""
+        return (self.y - (self.x[:, None, :] @ weight)[:, 0]) / max(self.count, 1)
+
     def error(self, weight: torch.Tensor) -> float:
         """Sum of squared errors of filters ``(groups, inputs, outputs)``."""
         return float((weight * (self.xx @ weight - 2 * self.xy)).sum() + self.yy.sum())
@@ -136,7 +140,7 @@ def fit(halves: tuple[Moments, Moments], weight: torch.Tensor, *, shifted: bool,
     new = solve(total.centred() if shifted else total, weight, chosen)
     shift = torch.zeros_like(total.y)
     if shifted:
-        shift = (total.y - (total.x[:, None, :] @ new)[:, 0]) / max(total.count, 1)
+        shift = total.mean_error(new)
     power = max(float(total.yy.sum()), torch.finfo(torch.float64).tiny)
     return Fit(new, shift, total.error(weight) / power, error(chosen) / power)
 

@@ -1,0 +1,17 @@
+"""Progress of long work, where someone looks on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fxcompress.passes.calibrated.streams import Streams
+from rich.console import Console
+from rich.progress import track
+from torch import fx
+
+
+def shown(streams: Streams, name: str) -> Iterator[fx.Node]:
+    """The nodes, with a progress bar of that name on a terminal."""
+    console = Console(stderr=True)
+    hidden = not console.is_terminal
+    yield from track(streams, name, len(streams), console=console, transient=True, disable=hidden)
