@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import numpy as np
-from fxcompress.passes.channels.counts import counts_of
 from fxcompress.passes.channels.criteria import Evidence, criterion_of
 from fxcompress.passes.channels.criteria.totals import Scores
 from fxcompress.passes.channels.frozen import frozen
@@ -86,9 +85,8 @@ class SelectChannels(Analysis[ChannelPlan]):
         if not report.groups:
             refusals.append(Refusal("nothing-removable", program.name, "no parameter has a channel that can go"))
         candidates = tuple(self._candidates(program, report, task, refusals))
-        ranking, counts = Ranking(candidates), counts_of(report)
-        selection = Selection(report, counts, ranking, self.round_to)
-        price = Price(program, report, counts)
+        selection = Selection(report, Ranking(candidates), self.round_to)
+        price = Price(program, report)
         ratio = self._ratio(selection, price)
         removed = selection.removed(ratio)
         removals = tuple(self._removals(candidates, removed, ratio))

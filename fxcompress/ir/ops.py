@@ -19,6 +19,8 @@ from torch._ops import OpOverload
 
 from fxcompress.ir.layers import layer_of
 
+aten = torch.ops.aten
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -57,22 +59,20 @@ class Operation:
 
 
 @functools.lru_cache(maxsize=4096)
-def _signature(overload: OpOverload) -> tuple[tuple[str, Any], ...]:
-    return tuple((a.name, a.default_value if a.has_default_value() else None) for a in overload._schema.arguments)
+def _defaults(overload: OpOverload) -> Mapping[str, Any]:
+    """The arguments of a call in order, each with its default, ``None`` where it has none."""
+    return {a.name: a.default_value if a.has_default_value() else None for a in overload._schema.arguments}
 
 
-def argument_names(overload: OpOverload) -> list[str]:
+@functools.lru_cache(maxsize=4096)
+def argument_names(overload: OpOverload) -> tuple[str, ...]:
     """The names of a call's arguments, in order."""
-    return [name for name, _ in _signature(overload)]
+    return tuple(_defaults(overload))
 
 
 def bind(overload: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a call by schema name, with the schema's defaults filled in."""
-    signature = _signature(overload)
-    bound = dict(signature)
-    bound.update(zip((name for name, _ in signature), args, strict=False))
-    bound.update(kwargs)
-    return bound
+    return {**_defaults(overload), **dict(zip(argument_names(overload), args, strict=False)), **kwargs}
 
 
 def is_operation(target: Any) -> bool:
@@ -201,14 +201,19 @@ def operation(graph_module: fx.GraphModule, node: fx.Node) -> Operation | None:
     layer = layer_of(module)
     if layer is None:
         return None
-    held = {**module._parameters, **module._buffers}
-    given = {argument: held[name] for argument, name in layer.state.items()}
-    state = {argument: f"{node.target}.{layer.state[argument]}" for argument in given if given[argument] is not None}
-    operand = _signature(layer.overload)[0][0]
-    if layer.overload is torch.ops.aten.embedding.default:
-        operand = "indices"
-    arguments = bind(layer.overload, (), {**layer.arguments(module), **given, operand: node.args[0]})
+    arguments = {**_defaults(layer.overload), **layer.arguments(module), _operand(layer.overload): node.args[0]}
+    state = {}
+    for argument, leaf in layer.state.items():
+        tensor = module._parameters[leaf] if leaf in module._parameters else module._buffers[leaf]
+        arguments[argument] = tensor
+        if tensor is not None:
+            state[argument] = f"{node.target}.{leaf}"
     return Operation(node, layer.overload, arguments, state, module)
+
+
+def _operand(overload: OpOverload) -> str:
+    """The argument that a layer's input is."""
+    return "indices" if overload is aten.embedding.default else argument_names(overload)[0]
 
 
 def operations(graph_module: fx.GraphModule) -> Iterator[Operation]:

@@ -23,6 +23,8 @@ _DERIVED_META = frozenset({"val", "tensor_meta"})
 
 _PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype})
 
+_Module = tuple[type[nn.Module], Mapping[str, Any], frozenset[str]]
+
 _Node = tuple[str, Any, tuple[Any, ...], Mapping[str, Any], Mapping[str, Any]]
 
 
@@ -30,8 +32,8 @@ _Node = tuple[str, Any, tuple[Any, ...], Mapping[str, Any], Mapping[str, Any]]
 class Fingerprint:
     """What there is in a Program, by name and in order; :func:`difference` compares two.
 
-    What can be replaced but not written into (a node's arguments) is kept as it is, and only taken apart where the
-    other Fingerprint has another object in its place.
+    What can be replaced but not written into (a node's arguments, a number among a module's attributes) is kept as it
+    is, and only taken apart where the other Fingerprint has another object in its place.
 
     Attributes:
         interface: How the Program is called.
@@ -42,7 +44,7 @@ class Fingerprint:
     """
 
     interface: Interface
-    modules: Mapping[str, Any]
+    modules: Mapping[str, _Module]
     tensors: Mapping[str, Hashable]
     nodes: Mapping[str, _Node]
     kept: tuple[torch.Tensor, ...]
@@ -50,13 +52,15 @@ class Fingerprint:
 
 def fingerprint(program: Program) -> Fingerprint:
     """The fingerprint of a Program; O(nodes + modules), reads no tensor."""
-    modules: dict[str, Any] = {}
+    modules: dict[str, _Module] = {}
     tensors: dict[str, Hashable] = {}
     kept: list[torch.Tensor] = []
     pending: list[tuple[str, nn.Module]] = [("", program.graph_module)]
     for path, module in pending:
-        own = (type(module), _attributes(module)) if path else None  # the root has a class and attributes for its graph
-        modules[path] = (own, frozenset(module._non_persistent_buffers_set))
+        kind, attributes = (
+            (type(module), _attributes(module)) if path else (nn.Module, {})
+        )  # the root's are its graph's
+        modules[path] = (kind, attributes, frozenset(module._non_persistent_buffers_set))
         prefix = f"{path}." if path else ""
         for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
@@ -72,7 +76,7 @@ def difference(before: Fingerprint, after: Fingerprint) -> str | None:
     if before.interface is not after.interface:
         return "the interface is different"
     return (
-        _difference("module", before.modules, after.modules, operator.eq)
+        _difference("module", before.modules, after.modules, _same_module)
         or _difference("tensor", before.tensors, after.tensors, operator.eq)
         or _difference("node", before.nodes, after.nodes, _same_node)
     )
@@ -92,11 +96,33 @@ def _difference(
     return None if list(before) == list(after) else f"the order of {kind}s is different"
 
 
+def _same_module(a: _Module, b: _Module) -> bool:
+    (kind, attributes, passing), (other_kind, other_attributes, other_passing) = a, b
+    known = kind is other_kind and passing == other_passing and list(attributes) == list(other_attributes)
+    return known and all(map(_same_value, attributes.values(), other_attributes.values()))
+
+
+def _same_value(a: Any, b: Any) -> bool:
+    return a is b or bool(_freeze(a) == _freeze(b))
+
+
 def _same_node(a: _Node, b: _Node) -> bool:
     *call, meta = a
     *other_call, other_meta = b
-    same_call = all(x is y or _freeze(x) == _freeze(y) for x, y in zip(call, other_call, strict=True))
-    return same_call and _identities(meta) == _identities(other_meta)
+    return all(map(_same_value, call, other_call)) and _same_meta(meta, other_meta)
+
+
+def _same_meta(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    untouched = a.keys() == b.keys() and all(map(operator.is_, a.values(), b.values()))
+    return untouched or _identities(a) == _identities(b)
+
+
+def _identities(meta: Mapping[str, Any]) -> Hashable:
+    return tuple(
+        (key, value if isinstance(value, (str, int, float)) else id(value))
+        for key, value in meta.items()
+        if key not in _DERIVED_META
+    )
 
 
 def checksums(program: Program) -> dict[str, int]:
@@ -124,20 +150,15 @@ def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _attributes(module: nn.Module) -> dict[str, Hashable]:
-    return {
-        name: (type(value), value) if type(value) in _PLAIN else _freeze(value)
-        for name, value in vars(module).items()
-        if name[0] != "_"
-    }
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {name: _snapshot(value) for name, value in vars(module).items() if name[0] != "_"}
 
 
-def _identities(meta: Mapping[str, Any]) -> Hashable:
-    return tuple(
-        (key, value if isinstance(value, (str, int, float)) else id(value))
-        for key, value in meta.items()
-        if key not in _DERIVED_META
-    )
+def _snapshot(value: Any) -> Any:
+    """What cannot be written into as it is, all else taken apart."""
+    if type(value) in _PLAIN or (type(value) is tuple and _PLAIN.issuperset(map(type, value))):
+        return value
+    return _freeze(value)
 
 
 @functools.singledispatch

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from fxcompress.passes.channels.layout import Dim, Factor, Layout
@@ -28,37 +29,57 @@ class Elements:
         layouts: Layouts by the name of what has them.
 
     Attributes:
-        carried: The units of each element.
+        held: The units of each element.
+        carried: Those of them that can be removed.
         bounds: Where each array starts, and where the last one ends.
         names: For each array, what has it first.
     """
 
     def __init__(self, units: Units, layouts: Iterable[tuple[str, Layout]]) -> None:
-        self._place: dict[int, int] = {}
+        self._places: dict[Factor, int] = {}
         self.names: list[str] = []
-        self._arrays: list[Array] = []
+        arrays: list[Array] = []
+        numbers: dict[int, int] = {}
         for name, layout in layouts:
-            for dim in layout:
-                for factor in dim:
-                    if factor.units is not None and id(factor.units) not in self._place:
-                        self._place[id(factor.units)] = len(self._arrays)
-                        self._arrays.append(factor.units)
+            for factor in (factor for dim in layout for factor in dim if factor not in self._places):
+                if factor.units is not None:
+                    if id(factor.units) not in numbers:
+                        numbers[id(factor.units)] = len(numbers)
                         self.names.append(name)
-        self.carried = units.resolve(joined(self._arrays))
-        self.bounds = np.cumsum([0, *map(len, self._arrays)])
+                        arrays.append(factor.units)
+                    self._places[factor] = numbers[id(factor.units)]
+        self._count = units.count
+        self.held = units.carried(joined(arrays))
+        self.carried = units.removable(self.held)
+        self.bounds = np.cumsum([0, *map(len, arrays)])
+        self._compact: dict[int, Array] = {}
 
-    def place(self, factor: Factor) -> int:
-        """The number of a factor's array."""
-        return self._place[id(factor.units)]
+    def place(self, factor: Factor) -> int | None:
+        """The number of a factor's array; ``None`` for a position, which has none."""
+        return self._places.get(factor)
 
     def of(self, factor: Factor) -> Array:
-        """The units that a factor's elements carry."""
-        return compact(self.array(self.place(factor)))
+        """The units that a factor's elements carry, in as few columns as they need."""
+        place = self._places[factor]
+        if place not in self._compact:
+            self._compact[place] = compact(self.array(place))
+        return self._compact[place]
 
     def array(self, place: int) -> Array:
         """The units that the elements of an array carry, with as many columns as the widest needs."""
-        found: Array = self.carried[self.bounds[place] : self.bounds[place + 1]]
+        found: Array = self.carried[self.inside(place)]
         return found
+
+    def inside(self, place: int) -> slice:
+        """Where the elements of an array are."""
+        return slice(self.bounds[place], self.bounds[place + 1])
+
+    def holding(self, units: Array) -> set[int]:
+        """The numbers of the arrays of which some element has any of these units, those that stay included."""
+        wanted = np.zeros(self._count + 1, np.bool_)
+        wanted[units] = True
+        wanted[NONE] = False
+        return set(np.flatnonzero(self.counts(np.any(wanted[self.held], 1))).tolist())
 
     def stay(self, removed: Mask) -> Mask:
         """For each element whether it stays."""
@@ -67,9 +88,9 @@ class Elements:
             goes |= removed[column]
         return np.logical_not(goes, out=goes)
 
-    def counts(self, stay: Mask) -> Array:
-        """For each array how many of its elements stay."""
-        before = np.concatenate([[0], np.cumsum(stay)])
+    def counts(self, chosen: Mask) -> Array:
+        """For each array how many of its elements are chosen."""
+        before = np.concatenate([[0], np.cumsum(chosen)])
         found: Array = before[self.bounds[1:]] - before[self.bounds[:-1]]
         return found
 
@@ -87,16 +108,23 @@ class Survivors:
         self._stay = elements.stay(removed)
         self._counts = elements.counts(self._stay).tolist()
 
+    def emptied(self) -> Iterator[tuple[str, Array]]:
+        """Each array of which nothing stays: the value or state that has it, and its elements' units."""
+        for place, count in enumerate(self._counts):
+            if count == 0:
+                yield self._elements.names[place], self._elements.array(place)
+
     def size(self, factor: Factor) -> int:
         """How many elements of a factor stay."""
-        return factor.size if factor.units is None else self._counts[self._elements.place(factor)]
+        place = self._elements.place(factor)
+        return factor.size if place is None else self._counts[place]
 
     def factor(self, factor: Factor) -> Mask | None:
         """Which elements of a factor stay; ``None`` where all do."""
-        if self.size(factor) == factor.size:
+        place = self._elements.place(factor)
+        if place is None or self._counts[place] == factor.size:
             return None
-        place, bounds = self._elements.place(factor), self._elements.bounds
-        found: Mask = self._stay[bounds[place] : bounds[place + 1]]
+        found: Mask = self._stay[self._elements.inside(place)]
         return found
 
     def shrinks(self, *dims: Dim) -> bool:
@@ -112,8 +140,15 @@ class Survivors:
                 before, after = before * factor.size, after * size
         return before, after
 
+    def shrunk(self, size: Any, dim: Dim) -> Any:
+        """The size of a dim after removal, where it was ``size``."""
+        before, after = self.ratio(dim)
+        return size if before == after else size // before * after
+
     def dim(self, dim: Dim) -> Mask | None:
         """Which elements of a dim stay, flat; ``None`` where all do."""
+        if len(dim) == 1:
+            return self.factor(dim[0])
         if not self.shrinks(dim):
             return None
         flat = np.ones(1, np.bool_)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import networkx as nx
 import numpy as np
-from fxcompress.passes.channels.elements import joined
 from fxcompress.passes.channels.groups import ChannelReport, Member
 from fxcompress.passes.channels.plan import listed
 from fxcompress.passes.channels.units import NONE, Array
@@ -34,7 +33,7 @@ def frozen(program: Program, report: ChannelReport) -> tuple[Refusal, ...]:
     by_cause: dict[int, list[_Frozen]] = defaultdict(list)
     nodes = list(program.nodes)
     barriers = {diagnostic.path: diagnostic for diagnostic in report.diagnostics}
-    known, carriers = readers(program.graph_module), _Carriers(program, report)
+    known = readers(program.graph_module)
     for cause, found in _frozen(program, report):
         node = nodes[cause]
         if node.name in barriers or node not in known[id(get_state(program.graph_module, found.member.state))]:
@@ -44,7 +43,10 @@ def frozen(program: Program, report: ChannelReport) -> tuple[Refusal, ...]:
         node, members = nodes[cause], by_cause[cause]
         first = max(members, key=lambda each: each.count)
         starts = known[id(get_state(program.graph_module, first.member.state))]
-        chain = carriers.chain(starts, node, first)
+        chain = [
+            first.member.state,
+            *(each.name for each in _chain(starts, node, _carrying(program, report, first.units))),
+        ]
         barrier = barriers.get(node.name)
         code, why = ("frozen", _why(node)) if barrier is None else (barrier.code, barrier.message)
         refusals.append(
@@ -64,48 +66,40 @@ def _text(each: _Frozen) -> str:
 
 
 def _frozen(program: Program, report: ChannelReport) -> Iterator[tuple[int, _Frozen]]:
-    members, arrays = [], []
+    elements = report.elements
+    stays = (elements.carried == NONE).all(1)  # one factor of a product may stay, another go
+    causes = np.full(len(stays), NONE)
+    causes[stays] = report.units.cause(elements.held[stays])
+    counts = elements.counts(stays)
     for name, _ in program.graph_module.named_parameters():
         for dim, factors in enumerate(report.state[name]):
-            for factor in factors:
-                if factor.units is not None:
-                    members.append(Member(name, dim))
-                    arrays.append(factor.units)
-    if not arrays:
-        return
-    together = joined(arrays)
-    removable = (report.units.resolve(together) != NONE).any(1)  # one factor of a product may stay, another go
-    causes, units = np.where(removable, NONE, report.units.cause(together)), report.units.carried(together)
-    bounds = np.cumsum([0, *map(len, arrays)])
-    for member, first, last in zip(members, bounds[:-1], bounds[1:], strict=True):
-        own = causes[first:last]
-        for cause in set(own.tolist()) - {NONE}:
-            chosen = own == cause
-            yield cause, _Frozen(member, int(chosen.sum()), last - first, units[first:last][chosen])
+            for place in map(elements.place, factors):
+                if place is not None and counts[place]:
+                    inside = elements.inside(place)
+                    own = causes[inside]
+                    for cause in set(own.tolist()) - {NONE}:
+                        chosen = own == cause
+                        member = Member(name, dim)
+                        yield cause, _Frozen(member, int(chosen.sum()), len(own), elements.held[inside][chosen])
 
 
-class _Carriers:
-    """Which nodes' values carry which units, those that stay included."""
+def _carrying(program: Program, report: ChannelReport, units: Array) -> set[fx.Node]:
+    """The nodes whose values carry any of these units, which may stay."""
+    places = report.elements.holding(units)
+    found = set()
+    for node in program.nodes:
+        layout = report.layouts.get(node.name, ())
+        dims = (dim for each in (layout if isinstance(layout, list) else [layout]) for dim in each)
+        if any(report.elements.place(factor) in places for dim in dims for factor in dim):
+            found.add(node)
+    return found
 
-    def __init__(self, program: Program, report: ChannelReport) -> None:
-        self._nodes, arrays = [], []
-        for node in program.nodes:
-            layout = report.layouts.get(node.name)
-            for each in layout if isinstance(layout, list) else [layout or ()]:
-                for factor in (factor for dim in each for factor in dim if factor.units is not None):
-                    self._nodes.append(node)
-                    arrays.append(factor.units)
-        self._bounds = np.cumsum([0, *map(len, arrays)])
-        self._units = report.units.carried(joined(arrays))
 
-    def chain(self, starts: list[fx.Node], cause: fx.Node, found: _Frozen) -> list[str]:
-        """The shortest way from a reader of a parameter to the cause, by values that carry what is frozen."""
-        carrying = np.isin(self._units, found.units[found.units != NONE]).any(1)
-        places = np.flatnonzero(np.add.reduceat(carrying, self._bounds[:-1], dtype=np.int64))
-        allowed = {cause, *(self._nodes[place] for place in places)}
-        graph: nx.Graph[fx.Node] = nx.Graph()
-        graph.add_nodes_from([*starts, cause])
-        graph.add_edges_from((node, user) for node in allowed for user in node.users if user in allowed)
-        paths = [nx.shortest_path(graph, start, cause) for start in starts if nx.has_path(graph, start, cause)]
-        path = min(paths, key=len, default=[*starts[:1], cause])
-        return [found.member.state, *(node.name for node in path)]
+def _chain(starts: list[fx.Node], cause: fx.Node, carrying: set[fx.Node]) -> list[fx.Node]:
+    """The shortest way from a reader of a parameter to the cause, by values that carry what is frozen."""
+    allowed = {cause, *carrying}
+    graph: nx.Graph[fx.Node] = nx.Graph()
+    graph.add_nodes_from([*starts, cause])
+    graph.add_edges_from((node, user) for node in allowed for user in node.users if user in allowed)
+    paths = [nx.shortest_path(graph, start, cause) for start in starts if nx.has_path(graph, start, cause)]
+    return min(paths, key=len, default=[*starts[:1], cause])

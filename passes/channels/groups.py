@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -116,6 +117,23 @@ class ChannelReport:
                 else:
                     graph.add_edge(index, member.state, dims=(member.dim,))
         return graph
+
+    @cached_property
+    def digest(self) -> bytes:
+        """A digest of the groups and of which unit each element of each parameter and buffer carries."""
+        found = hashlib.blake2b(digest_size=32)
+        numbers = np.full(self.units.count + 1, -1, "<i8")
+        for number, group in enumerate(self.groups):
+            found.update(f"{number} {group.factor} {len(group)} {' '.join(map(str, group.members))}\n".encode())
+            numbers[group.units] = np.arange(len(group)) + (number << 32)
+        known = 0
+        for name, layout in self.state.items():
+            factors = [factor for dim in layout for factor in dim]
+            places = [self.elements.place(factor) for factor in factors]
+            found.update(f"{name} {[factor.size for factor in factors]} {places}\n".encode())
+            known = max([known, *(place + 1 for place in places if place is not None)])
+        found.update(numbers[self.elements.carried[: self.elements.bounds[known]]].tobytes())
+        return found.digest()
 
     def barriers(self, state: str, dim: int) -> Iterator[str]:
         """The nodes that keep elements of a parameter's dim, each once."""

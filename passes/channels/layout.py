@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,17 +23,43 @@ from fxcompress.passes.channels.units import NONE, Array, Units
 _LARGEST_ARRAY = 1 << 22
 
 
-@dataclass(frozen=True, eq=False)
 class Factor:
     """A factor of a dim.
 
-    Attributes:
+    Elements of a new tensor have units of their own, which are drawn when something asks for them. Most dims of
+    parameters never need any: before that they are joined with channels that another parameter made, and take over
+    theirs.
+
+    Args:
         size: Number of elements.
-        units: Their units, ``(size, k)``; ``None`` for a position.
+        units: Their units, ``(size, k)``.
+        source: Where units of their own come from; a factor with neither is a position.
     """
 
-    size: int
-    units: Array | None = None
+    def __init__(self, size: int, units: Array | None = None, source: Units | None = None) -> None:
+        self.size = size
+        self._units = units
+        self._source = source
+
+    @property
+    def units(self) -> Array | None:
+        """The units of the elements; ``None`` for a position."""
+        if self._units is None and self._source is not None:
+            self._units = self._source.fresh(self.size)
+        return self._units
+
+    @property
+    def is_position(self) -> bool:
+        """Whether no element carries a unit."""
+        return self._units is None and self._source is None
+
+    def take_over(self, other: Factor) -> bool:
+        """Makes the elements those of another factor, if nothing is known of them yet and each has one unit there."""
+        source, units = self._source, other.units
+        if self._units is not None or source is None or units is None or not source.are_single(units):
+            return False
+        self._units = units
+        return True
 
 
 Dim = tuple[Factor, ...]
@@ -66,7 +91,7 @@ def shape_of(layout: Layout) -> tuple[int, ...]:
 
 def is_position(dim: Dim) -> bool:
     """Whether no element of the dim carries a unit."""
-    return all(factor.units is None for factor in dim)
+    return all(factor.is_position for factor in dim)
 
 
 def is_dynamic(size: int) -> bool:
@@ -91,7 +116,7 @@ class Sizes:
         if expression not in self._known:
             for symbol in sorted(expression.free_symbols, key=str):
                 if symbol not in self._symbols:
-                    prime = sympy.prime(1000 + 50 * len(self._symbols))
+                    prime = sympy.sieve[1000 + 50 * len(self._symbols)]
                     self._symbols[symbol] = sympy.Integer(self.DIVISORS * prime)
             self._known[expression] = int(expression.xreplace(self._symbols))
         return self._known[expression]
@@ -115,7 +140,7 @@ class Algebra:
 
     def fresh(self, size: int) -> Dim:
         """A dim of new units."""
-        return position(size) if size == 1 else elements(self.units.fresh(size))
+        return () if size == 1 else (Factor(size, source=self.units),)
 
     def freeze(self, *dims: Dim) -> None:
         """Keeps all elements of dims."""
@@ -137,7 +162,7 @@ class Algebra:
 
     def join(self, a: Dim, b: Dim) -> None:
         """Makes the elements of two dims of one size disappear together."""
-        if a is b or (is_position(a) and is_position(b)):
+        if a is b:
             return
         if is_position(a) or is_position(b):
             self.freeze(a, b)
@@ -148,11 +173,12 @@ class Algebra:
             self._join_unlike(a, b)
 
     def _join_factors(self, a: Factor, b: Factor) -> None:
-        if a.units is not None and b.units is not None:
-            if a.units is not b.units:
-                self.units.join(a.units, b.units, self.cause)
-        else:
+        if a is b or b.take_over(a) or a.take_over(b):
+            return
+        if a.units is None or b.units is None:
             self.freeze((a,), (b,))
+        elif a.units is not b.units:
+            self.units.join(a.units, b.units, self.cause)
 
     def _join_unlike(self, a: Dim, b: Dim) -> None:
         """Dims of other factors: both are cut where either is."""
@@ -201,7 +227,7 @@ class Algebra:
 
     def _cut_group(self, factors: list[Factor], sizes: list[int]) -> list[Dim]:
         """Cuts factors that have as many elements as the sizes ask for."""
-        if all(factor.units is None for factor in factors):
+        if is_position(tuple(factors)):
             return [position(size) for size in sizes]
         if len([size for size in sizes if size != 1]) == 1:
             whole = tuple(factor for factor in factors if factor.size != 1)

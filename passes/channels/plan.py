@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from fxcompress.passes.channels.counts import counts_of
 from fxcompress.passes.channels.groups import ChannelReport
 from fxcompress.passes.channels.units import Array, Mask
 from tabulate import tabulate
 
 from fxcompress.analysis import latest
 from fxcompress.errors import InputError
+from fxcompress.ir.ops import get_module
 from fxcompress.ir.program import Program
 from fxcompress.pass_base import Refusal
 from fxcompress.report.formatting import MACS, counted
@@ -147,7 +147,7 @@ class ChannelPlan:
         mask = report.removed_mask([])
         for removal in self.removals:
             mask[_units(report, removal)] = True
-        for name, _ in counts_of(report).emptied(mask):
+        for name, _ in report.survivors(mask).emptied():
             raise InputError(f"the plan leaves nothing of a dim of {name}; leave at least one of its channels")
         return mask
 
@@ -158,22 +158,22 @@ def _units(report: ChannelReport, removal: Removal) -> Array:
             f"the plan names group {removal.group} ({removal.name}), but the model has {len(report.groups)} groups; "
             "run select-channels on it"
         )
-    group, places = report.groups[removal.group], removal.removed
-    if (group.name, group.factor, len(group)) != (removal.name, removal.factor, removal.size):
+    group, places = report.groups[removal.group], np.array(removal.removed, np.int64)
+    size = len(group)
+    if (group.name, group.factor, size) != (removal.name, removal.factor, removal.size):
         raise InputError(
             f"the plan says that group {removal.group} is {removal.name} of {removal.size} {removal.factor} units, but "
-            f"in this model it is {group.name} of {len(group)} {group.factor} ones; run select-channels on it"
+            f"in this model it is {group.name} of {size} {group.factor} ones; run select-channels on it"
         )
-    outside = [place for place in places if not 0 <= place < len(group)]
-    if outside:
-        raise InputError(
-            f"the plan removes unit {outside[0]} of group {removal.name}, which has units 0 to {len(group) - 1}"
-        )
-    if len(set(places)) == len(group):
-        raise InputError(f"the plan removes all {len(group)} units of group {removal.name}; leave at least one")
-    if len(set(places)) < len(places):
+    outside = places[(places < 0) | (places >= size)]
+    if len(outside):
+        raise InputError(f"the plan removes unit {outside[0]} of group {removal.name}, which has units 0 to {size - 1}")
+    different = len(np.unique(places))
+    if different == size:
+        raise InputError(f"the plan removes all {size} units of group {removal.name}; leave at least one")
+    if different < len(places):
         raise InputError(f"the plan removes units of group {removal.name} twice; name each once")
-    return group.units[list(places)]
+    return group.units[places]
 
 
 def listed(names: Sequence[str]) -> str:
@@ -257,17 +257,10 @@ def digest(program: Program) -> str:
     carries, so that the numbers in a plan mean the same wherever the digest is equal.
     """
     report: ChannelReport = program.analyze("channels")
-    found = hashlib.sha256()
+    found = hashlib.blake2b(report.digest, digest_size=32)
     for node in program.nodes:
-        module = program.graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        found.update(f"{node.name} {node.op} {node.target} {node.args} {node.kwargs} {module!r}\n".encode())
-    places = np.full(report.units.count + 1, -1, "<i8")
-    for number, group in enumerate(report.groups):
-        found.update(f"{number} {group.factor} {len(group)} {group.members}\n".encode())
-        places[group.units] = np.arange(len(group)) + (number << 32)
-    for name, layout in report.state.items():
-        found.update(f"{name} {[factor.size for dim in layout for factor in dim]}\n".encode())
-        for dim in layout:
-            for factor in dim:
-                found.update(places[report.resolved(factor)].tobytes())
+        found.update(f"{node.name} {node.op} {node.target} {node.args} {node.kwargs}\n".encode())
+        if node.op == "call_module":
+            module = get_module(program.graph_module, str(node.target))
+            found.update(f"{type(module).__name__}({module.extra_repr()})\n".encode())
     return found.hexdigest()

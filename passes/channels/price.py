@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fxcompress.passes.channels.counts import Counts
+from fxcompress.passes.channels.elements import Survivors
 from fxcompress.passes.channels.groups import ChannelReport
 from fxcompress.passes.channels.layout import Layout
-from fxcompress.passes.channels.units import Array, Mask
+from fxcompress.passes.channels.units import Mask
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
@@ -27,10 +27,8 @@ class _Tensor:
     shape: Shape
     layout: Layout | None
 
-    def after(self, counts: Counts, kept: Array) -> Shape:
-        if self.layout is None:
-            return self.shape
-        return tuple(counts.shrunk(dim, size, kept) for dim, size in zip(self.layout, self.shape, strict=True))
+    def after(self, survivors: Survivors) -> Shape:
+        return self.shape if self.layout is None else tuple(map(survivors.shrunk, self.shape, self.layout))
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,12 +40,12 @@ class _Call:
     tensors: Mapping[str, _Tensor | list[_Tensor]]
     output: _Tensor
 
-    def macs(self, counts: Counts, kept: Array) -> int:
+    def macs(self, survivors: Survivors) -> int:
         shapes = {
-            name: [each.after(counts, kept) for each in value] if isinstance(value, list) else value.after(counts, kept)
+            name: [each.after(survivors) for each in value] if isinstance(value, list) else value.after(survivors)
             for name, value in self.tensors.items()
         }
-        return self.rule(ShapedCall({**self.plain, **shapes}, self.output.after(counts, kept)))
+        return self.rule(ShapedCall({**self.plain, **shapes}, self.output.after(survivors)))
 
 
 class Price:
@@ -56,19 +54,17 @@ class Price:
     Args:
         program: The Program.
         report: Its channel dependencies.
-        counts: The elements of all its dims.
     """
 
-    def __init__(self, program: Program, report: ChannelReport, counts: Counts) -> None:
+    def __init__(self, program: Program, report: ChannelReport) -> None:
         self._report = report
-        self._counts = counts
         self._sizes = ExampleSizes(program)
         self._calls = [self._call(call) for call in operations(program.graph_module) if call.overload in RULES]
 
     def macs(self, removed: Mask) -> int:
         """The MACs that stay."""
-        kept = self._counts.kept(removed)
-        return sum(call.macs(self._counts, kept) for call in self._calls)
+        survivors = self._report.survivors(removed)
+        return sum(call.macs(survivors) for call in self._calls)
 
     def _call(self, call: Operation) -> _Call:
         plain, tensors = {}, {}

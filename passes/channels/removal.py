@@ -135,10 +135,7 @@ class _Values:
     def _shrunk(self, value: torch.Tensor, layout: Layout) -> torch.Tensor:
         if not self._survivors.shrinks(*layout):
             return value
-        shape = []
-        for size, dim in zip(value.shape, layout, strict=True):
-            before, after = self._survivors.ratio(dim)
-            shape.append(size if before == after else size // before * after)
+        shape = list(map(self._survivors.shrunk, value.shape, layout))
         key = (tuple(map(symbolic, shape)), value.dtype, value.device)
         if key not in self._known:
             self._known[key] = resized(value, shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
+from functools import cached_property
 
 import torch
 from fxcompress.passes.channels.groups import ChannelGroup, Member
@@ -37,18 +38,27 @@ class Roles:
     """
 
     def __init__(self, program: Program) -> None:
+        self._root = program.graph_module
+
+    @cached_property
+    def _names(self) -> dict[str, list[str]]:
+        """All names of the tensor that a name stands for."""
         names: dict[int, list[str]] = defaultdict(list)
-        root = program.graph_module
         for name, tensor in (
-            *root.named_parameters(remove_duplicate=False),
-            *root.named_buffers(remove_duplicate=False),
+            *self._root.named_parameters(remove_duplicate=False),
+            *self._root.named_buffers(remove_duplicate=False),
         ):
             names[id(tensor)].append(name)
-        self._names = {name: alike for alike in names.values() for name in alike}
-        self._uses: dict[str, list[tuple[OpOverload, str]]] = defaultdict(list)
-        for call in operations(root):
+        return {name: alike for alike in names.values() for name in alike}
+
+    @cached_property
+    def _uses(self) -> dict[str, list[tuple[OpOverload, str]]]:
+        """First name of a tensor -> the overloads that read it, each with the argument that it is."""
+        uses: dict[str, list[tuple[OpOverload, str]]] = defaultdict(list)
+        for call in operations(self._root):
             for argument, state in call.state.items():
-                self._uses[self._names[state][0]].append((call.overload, argument))
+                uses[self._names[state][0]].append((call.overload, argument))
+        return uses
 
     def names(self, member: Member) -> list[str]:
         """All names of the tensor that a member is a dim of."""

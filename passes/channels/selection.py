@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from fxcompress.passes.channels.counts import Counts
 from fxcompress.passes.channels.groups import ChannelGroup, ChannelReport
 from fxcompress.passes.channels.price import Price
 from fxcompress.passes.channels.ranking import Ranking
@@ -22,14 +21,12 @@ class Selection:
 
     Args:
         report: The channel dependencies.
-        counts: The elements of all dims.
         ranking: In which order units go.
         round_to: Dims are to keep multiples of this many elements.
     """
 
-    def __init__(self, report: ChannelReport, counts: Counts, ranking: Ranking, round_to: int) -> None:
+    def __init__(self, report: ChannelReport, ranking: Ranking, round_to: int) -> None:
         self._report = report
-        self._counts = counts
         self._ranking = ranking
         self._round_to = round_to
         self._steps: dict[int, int] = {}
@@ -105,7 +102,7 @@ class Selection:
         """Puts the best units back where nothing of a dim would stay; whether there was such a dim."""
         refilled = False
         while True:
-            emptied = list(self._counts.emptied(removed))
+            emptied = list(self._report.survivors(removed).emptied())
             if not emptied:
                 return refilled
             refilled = True

@@ -15,6 +15,7 @@ projection into heads x head dims, and the channels of a grouped convolution int
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +44,7 @@ class Units:
         self._parent = np.array([NONE])
         self._frozen_by = np.array([0])
         self._parts_row = np.array([_WHOLE])
+        self._single = np.array([False])  # whether a root is free and whole
         self._parts = np.empty((0, 2), np.int64)
         self._divided = 0
 
@@ -54,18 +56,20 @@ class Units:
         return np.arange(first, self.count).reshape(-1, 1)
 
     def _grow(self, count: int) -> None:
-        def longer(table: Array, new: Array) -> Array:
+        def longer(table: Any, new: Any) -> Any:
             return np.concatenate([table[:-1], new, table[-1:]])
 
         known = len(self._parent) - 1
         self._parent = longer(self._parent, np.arange(known, count))
         self._frozen_by = longer(self._frozen_by, np.full(count - known, _FREE))
         self._parts_row = longer(self._parts_row, np.full(count - known, _WHOLE))
+        self._single = longer(self._single, np.full(count - known, True))
 
     def freeze(self, array: Array, cause: int) -> None:
         """Keeps elements for good; ``cause`` is any number >= 0 that says why, the first given is kept."""
         roots = self._expand(array)
         self._frozen_by[roots[self._frozen_by[roots] == _FREE]] = cause
+        self._single[roots] = False
 
     def cause(self, array: Array) -> Array:
         """For each element the cause that froze one of its units, -1 where none did."""
@@ -77,16 +81,26 @@ class Units:
         """What the elements carry by now, those that stay for good included."""
         return _distinct(self._expand(array))
 
+    def are_single(self, array: Array) -> bool:
+        """Whether each element carries one unit that can be removed."""
+        return array.shape[1] == 1 and bool(self._single[self._roots(array)].all())
+
+    def removable(self, carried: Array) -> Array:
+        """What the elements carry that does not stay for good."""
+        return compact(np.where(self._frozen_by[carried] == _FREE, carried, NONE))
+
     def resolve(self, array: Array) -> Array:
         """What the elements carry by now: roots that can be removed, each once a row."""
-        roots = self._expand(array)
-        return _distinct(np.where(self._frozen_by[roots] == _FREE, roots, NONE))
+        roots = self._roots(array)
+        if roots.shape[1] == 1 and self._single[roots].all():
+            return roots
+        return self.removable(self.carried(roots))
 
     def _roots(self, array: Array) -> Array:
         roots = self._parent[array]
         while True:
             above = self._parent[roots]
-            if (above == roots).all():
+            if _same(above, roots):
                 return roots
             self._parent[array] = above
             roots = above
@@ -119,7 +133,7 @@ class Units:
             cause: Why, for what this freezes.
         """
         a, b = self.resolve(a), self.resolve(b)
-        if a.shape == b.shape and (a == b).all():
+        if a.shape == b.shape and _same(a, b):
             return
         if a.shape[1] == 0 or b.shape[1] == 0:
             self.freeze(a, cause)
@@ -145,11 +159,10 @@ class Units:
         self._union(a, b)
 
     def _union(self, a: Array, b: Array) -> None:
-        """Merges units pairwise: the greater root is hung below the lesser until both are one."""
+        """Merges free units pairwise: the greater root is hung below the lesser until both are one."""
         a, b = self._roots(a), self._roots(b)
-        while (a != b).any():
+        while not _same(a, b):
             low, high = np.minimum(a, b), np.maximum(a, b)
-            np.maximum.at(self._frozen_by, low, self._frozen_by[high])
             np.minimum.at(self._parent, high, low)
             a, b = self._roots(low), self._roots(high)
 
@@ -216,6 +229,7 @@ class Units:
             self._parts = table
         self._parts[first : self._divided, : rows.shape[1]] = rows
         self._parts_row[units] = np.arange(first, self._divided)
+        self._single[units] = False
 
     def _collapse(self, a: Array, b: Array) -> None:
         """The equation that is always right: all units of a row are one."""
@@ -234,6 +248,10 @@ def _components(a: Array, b: Array) -> tuple[Array, Array]:
     graph = coo_array((np.ones(len(a), np.int8), (ends[0], ends[1])), shape=(len(nodes), len(nodes)))
     _, labels = connected_components(graph, directed=False)
     return nodes, labels.astype(np.int64)
+
+
+def _same(a: Array, b: Array) -> bool:
+    return not np.count_nonzero(a != b)
 
 
 def compact(array: Array) -> Array:

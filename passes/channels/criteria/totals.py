@@ -23,37 +23,39 @@ if TYPE_CHECKING:
 Scores = npt.NDArray[np.float64]
 Each = Callable[..., torch.Tensor]
 
-_CHUNK = 1 << 18
+_PIECE = 1 << 17
+"""Weights that fit in a cache together with what is computed from them."""
 
 
 class Totals:
     """Adds up the scores of elements by the units that they carry."""
 
     def __init__(self, report: ChannelReport) -> None:
-        self._report = report
         self._units: list[Array] = []
         self._scores: list[Scores] = []
-        self._dims = np.zeros(report.units.count, np.int64)
+        self._dims = np.zeros(report.units.count + 1, np.int64)  # the last entry is that of NONE
 
     def add(self, carried: Array, scores: Scores) -> None:
         """Counts one dim: its elements' units and their scores."""
         for column in carried.T:
-            known = column != NONE
-            self._units.append(column[known])
-            self._scores.append(scores[known])
-            self._dims[column[known]] += 1  # once a unit, however many of the elements carry it
+            self._units.append(column)
+            self._scores.append(scores)
+            self._dims[column] += 1  # once a unit, however many of the elements carry it
 
     def mean(self) -> Scores:
         """For each unit the sum over its elements, divided by the number of dims; NaN where there is none."""
+        dims = self._dims[:-1]
         if not self._units:
-            return np.full(len(self._dims), np.nan)
+            return np.full(len(dims), np.nan)
         units, scores = np.concatenate(self._units), np.concatenate(self._scores)
-        total = np.bincount(units, scores, len(self._dims))
-        return np.where(self._dims > 0, total / np.maximum(self._dims, 1), np.nan)
+        total = np.bincount(units - NONE, scores, len(self._dims))[1:]
+        return np.where(dims > 0, total / np.maximum(dims, 1), np.nan)
 
 
 def carried(report: ChannelReport, dim: Dim) -> Array:
     """The units that each element of a dim carries in the end, ``(size, k)``."""
+    if len(dim) == 1 and not dim[0].is_position:
+        return report.resolved(dim[0])
     flat: Array = np.empty((1, 0), np.int64)
     for factor in dim:
         inner = np.empty((factor.size, 0), np.int64) if factor.units is None else report.resolved(factor)
@@ -96,25 +98,25 @@ def by_weight(evidence: Evidence, each: Each) -> Scores:
 def marginals(each: Each, dims: Iterable[int], *tensors: torch.Tensor) -> dict[int, Scores]:
     """Sums, for each of some dims over all the others, of what a function makes of tensors of one shape.
 
-    The tensors are read in pieces that fit in a cache, once for all dims, and summed in double precision.
+    The tensors are read in pieces that fit in a cache, once for all dims; pieces are added up in double precision.
     """
-    shape = tensors[0].shape
-    wanted = {dim: torch.zeros(shape[dim], dtype=torch.float64) for dim in dims}
-    rows = max(1, _CHUNK // max(1, math.prod(shape[1:])))
-    pieces = zip(*(torch.split(tensor.detach(), rows) for tensor in tensors), strict=True)
-    for number, piece in enumerate(pieces):
-        values = each(*(tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in piece))
-        for dim, sums in wanted.items():
-            found = _marginal(values, dim).cpu().double()
-            if dim == 0:
-                sums[number * rows :][: len(found)] = found
-            else:
-                sums += found
-    return {dim: sums.numpy() for dim, sums in wanted.items()}
+    count, *rest = tensors[0].shape
+    size, wanted = math.prod(rest), set(dims)
+    step = max(1, _PIECE // max(1, size))
+    single = torch.promote_types(tensors[0].dtype, torch.float32)
+    first, others = np.zeros(count), np.zeros(size)
+    for top in range(0, count, step):
+        rows = slice(top, top + step)
+        values = each(*(tensor.detach()[rows].to(single) for tensor in tensors))
+        values = values.reshape(len(values), size)
+        if 0 in wanted:
+            first[rows] = values.sum(1).cpu().numpy()
+        if wanted - {0}:
+            others += values.sum(0).cpu().numpy()
+    return {dim: _marginal(others.reshape(rest), dim - 1) if dim > 0 else first for dim in wanted}
 
 
-def _marginal(values: torch.Tensor, dim: int) -> torch.Tensor:
-    """Sums over all dims but one: first those before it, then those after it, which torch does fastest."""
-    if dim > 0:
-        values = values.flatten(0, dim - 1).sum(0)
-    return values.reshape(len(values), -1).sum(1)
+def _marginal(values: Scores, dim: int) -> Scores:
+    """Sums over all dims but one."""
+    found: Scores = values.sum(tuple(other for other in range(values.ndim) if other != dim))
+    return found
