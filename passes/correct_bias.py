@@ -29,9 +29,9 @@ _CORRECTED = "bias_corrected"
 class CorrectBias(Transform):
     """Corrects the biases of quantized layers by the mean error of their outputs on calibration batches.
 
-    Goes after insert-qdq. Layers are corrected in order, each on what the corrected layers before it give. Refuses,
-    naming the layer: ``shared-weight``, ``computed-bias``. A layer is corrected once: afterwards what it gave in floating
-    point is no longer known.
+    Goes after insert-qdq. Layers are corrected in order, each on what the corrected layers before it give, and once:
+    afterwards what a layer gave in floating point is no longer known. Refuses, naming the layer: ``shared-weight``,
+    ``computed-bias``.
 
     Attributes:
         batches: How many of the task's calibration batches to use; all of them are in memory together.

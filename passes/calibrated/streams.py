@@ -7,7 +7,7 @@ model's state alone, are held once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,8 +35,8 @@ class Streams:
     ) -> None:
         self._differs = differs
         self._runs = [(before(), after()) for _ in batches]
-        pair = self._runs[0]
-        self._twins = dict(zip(*(run.module.graph.nodes for run in reversed(pair)), strict=True))
+        nodes, twins = (_nodes(run) for run in reversed(self._runs[0]))
+        self._twins = dict(zip(nodes, twins, strict=True))
         self._stored = _stored(self._twins)
         self._changed: set[fx.Node] = set()
         for pair, leaves in zip(self._runs, batches, strict=True):
@@ -116,7 +116,12 @@ class Streams:
                     del after.env[gone]
 
 
-def _stored(nodes: Iterator[fx.Node] | dict[fx.Node, fx.Node]) -> set[fx.Node]:
+def _nodes(run: fx.Interpreter) -> list[fx.Node]:
+    assert isinstance(run.module, fx.GraphModule)
+    return list(run.module.graph.nodes)
+
+
+def _stored(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """The nodes whose value comes from the model's state alone."""
     found: set[fx.Node] = set()
     for node in nodes:

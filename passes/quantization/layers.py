@@ -36,25 +36,14 @@ class QuantizedLayer:
     Attributes:
         layer: The layer.
         name: Qualified name of its weight.
-        scale: Distance of neighbours on the grid, shaped to broadcast against the weight.
-        quant_min: Least integer.
-        quant_max: Largest integer.
     """
 
     layer: WeightedLayer
     name: str
-    scale: torch.Tensor
-    quant_min: int
-    quant_max: int
 
     def weight(self, root: fx.GraphModule) -> torch.Tensor:
         """The weight in floating point."""
         return get_state(root, self.name)
-
-    def put_weight(self, root: fx.GraphModule, value: torch.Tensor) -> None:
-        """Gives the layer another weight."""
-        old = self.weight(root)
-        replace_state(root, old, successor(old, value))
 
     def shift_bias(self, root: fx.GraphModule, shift: torch.Tensor) -> None:
         """Adds to the bias, one value per output channel; makes one where there is none."""
@@ -75,16 +64,15 @@ def quantized_layer(root: fx.GraphModule, node: fx.Node) -> QuantizedLayer | Non
     """The layer that a node calls, if its weight goes from the model's state through one pair of Q/DQ nodes."""
     call = operation(root, node)
     layer = weighted_layer(call) if call is not None else None
-    dequantize = call.operands.get("weight") if layer is not None and call is not None else None
+    if layer is None:
+        return None
+    dequantize = layer.operation.operands.get("weight")
     if dequantize is None or dequantize.target is not quantized.dequantize_per_channel.default:
         return None
-    weight, scale, _, axis, quant_min, quant_max, _ = dequantize.all_input_nodes[0].args
-    if not (isinstance(weight, fx.Node) and weight.op == "get_attr"):
-        return None
-    tensor = get_state(root, str(weight.target))
-    shape = [-1 if dim == axis else 1 for dim in range(tensor.dim())]
-    found = get_state(root, str(scale.target)).reshape(shape)
-    return QuantizedLayer(layer, str(weight.target), found, quant_min, quant_max)
+    weight = dequantize.all_input_nodes[0].args[0]
+    if isinstance(weight, fx.Node) and weight.op == "get_attr":
+        return QuantizedLayer(layer, str(weight.target))
+    return None
 
 
 def objections(root: fx.GraphModule) -> Iterator[Refusal]:
