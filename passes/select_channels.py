@@ -37,7 +37,9 @@ class SelectChannels(Analysis[ChannelPlan]):
 
     Attributes:
         ratio: Share of each group's units to remove, from 0 to below 1; 0.5 unless ``macs`` asks for another.
-        macs: Share of the multiply-accumulates to keep; the ratio that gives it is searched for.
+        macs: Share of the multiply-accumulates to keep; the ratio that gives it is searched for. By a criterion
+            that estimates a change of the loss, groups that are ranked together compete by that change for each
+            multiply-accumulate saved (as in arXiv:1801.05787).
         ratios: Ratios of the groups that a pattern matches; the first that matches wins.
         ignore: Patterns of groups to keep whole.
         criterion: How importance is measured.
@@ -84,9 +86,9 @@ class SelectChannels(Analysis[ChannelPlan]):
         refusals = [*frozen(program, report)]
         if not report.groups:
             refusals.append(Refusal("nothing-removable", program.name, "no parameter has a channel that can go"))
-        candidates = tuple(self._candidates(program, report, task, refusals))
-        selection = Selection(report, Ranking(candidates), self.round_to)
         price = Price(program, report)
+        candidates = tuple(self._candidates(program, report, task, price, refusals))
+        selection = Selection(report, Ranking(candidates), self.round_to)
         ratio = self._ratio(selection, price)
         removed = selection.removed(ratio)
         removals = tuple(self._removals(candidates, removed, ratio))
@@ -99,7 +101,7 @@ class SelectChannels(Analysis[ChannelPlan]):
         return _RATIO if self.ratio is None else self.ratio
 
     def _candidates(
-        self, program: Program, report: ChannelReport, task: Task | None, refusals: list[Refusal]
+        self, program: Program, report: ChannelReport, task: Task | None, price: Price, refusals: list[Refusal]
     ) -> Iterator[Candidate]:
         """The groups to remove from; those that are left out go to the refusals."""
         roles, criterion = Roles(program), criterion_of(self.criterion)
@@ -116,7 +118,9 @@ class SelectChannels(Analysis[ChannelPlan]):
             elif self.factors in ("all", group.factor) or group.factor == "whole":
                 pool, pattern = _POOL[self.scope](roles, number, group), ratios.first(number)
                 ratio = None if pattern is None else self.ratios[pattern]
-                comparable = own if criterion.comparable else _by_mean(own)
+                comparable = _by_mean(own) if criterion.scale == "group" else own
+                if self.macs is not None and criterion.scale == "loss":
+                    comparable = _by_price(comparable, price.saved(group.units[0]))
                 yield Candidate(number, group, comparable, pool, ratio, self.min_width, pattern)
         for (code, node, why), names in left_out.items():
             refusals.append(Refusal(code, node, f"{why} {listed(names)}"))
@@ -136,6 +140,11 @@ def _by_mean(scores: Scores) -> Scores:
     """Scores that compare between groups: 1 is the mean of the group."""
     mean = float(scores.mean())
     return scores / mean if mean > 0 else np.ones_like(scores)
+
+
+def _by_price(scores: Scores, saved: int) -> Scores:
+    """Scores for each multiply-accumulate that a unit saves; what saves none goes last."""
+    return scores / saved if saved > 0 else np.full_like(scores, np.inf)
 
 
 _POOL: Mapping[str, Callable[[Roles, int, ChannelGroup], Hashable]] = {

@@ -66,6 +66,10 @@ class Price:
         survivors = self._report.survivors(removed)
         return sum(call.macs(survivors) for call in self._calls)
 
+    def saved(self, unit: int) -> int:
+        """The MACs that go with a unit alone."""
+        return self.macs(self._report.removed_mask([])) - self.macs(self._report.removed_mask([unit]))
+
     def _call(self, call: Operation) -> _Call:
         plain, tensors = {}, {}
         for name, value in call.arguments.items():

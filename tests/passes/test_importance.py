@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import fxcompress as fxc
 from fxcompress.errors import InputError
 
-NEED_BATCHES = ["activation", "variance", "wanda", "flap"]
+NEED_BATCHES = ["activation", "variance", "wanda", "flap", "output"]
 NEED_LOSS = ["taylor", "fisher"]
 IMAGES = inputs(2, 2, 6, 6)
 
@@ -237,6 +237,65 @@ def test_statistics_are_those_of_what_readers_are_given(name, expected):
     found = scored(traced(model, inputs(2, 4)), name, task(*batches))
 
     agree(found, expected(*observed(model, batches)))
+
+
+def signs(*shape):
+    """What `output` projects the outputs on, if it draws that first."""
+    return torch.randint(2, shape, generator=torch.Generator().manual_seed(0)).mul(2).sub(1).double()
+
+
+def test_output_is_the_mean_square_of_a_channel_times_that_of_the_derivative_by_it():
+    model, batch = gated(), inputs(6, 4, seed=3)
+    hidden = model[:2](batch).detach().requires_grad_()
+    out = model[2](hidden)
+    (out * signs(6, 3) / out.square().mean().sqrt().detach()).sum().backward()
+
+    found = scored(traced(model, inputs(2, 4)), "output", fxc.Task(calibration=[batch]))
+
+    expected = hidden.square().mean(0) * hidden.grad.square().sum(0)
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=0)  # moments are of single precision
+
+
+def test_output_knows_what_batch_norms_saw_in_training():
+    """The batches never light up channels that training did."""
+    model = settled(Stack(bias=False))
+    with torch.no_grad():
+        model.conv1.weight[2:4] = model.conv1.weight[2:3].abs()
+        model.bn.running_mean[2:4] = 0
+        for tensor in (model.bn.weight, model.bn.bias, model.bn.running_var):
+            tensor[2:4] = 1
+    dark = -10 * IMAGES.abs()
+    folded = fxc.PassManager("fold-batchnorm").run(fxc.trace(model, IMAGES)).program
+
+    def both(program, batch):
+        return scored(program, "output", fxc.Task(calibration=[batch]))[2:4]
+
+    assert both(folded, dark).sum() == 0
+    assert (both(fxc.trace(model, IMAGES), dark) > 0).all()
+
+
+def test_output_counts_a_channel_where_its_way_ends():
+    """A depthwise convolution passes it on."""
+    direct = settled(nn.Sequential(nn.Conv2d(2, 5, 1), nn.Conv2d(5, 3, 1)))
+    passed = nn.Sequential(direct[0], nn.Conv2d(5, 5, 1, groups=5, bias=False), direct[1])
+    with torch.no_grad():
+        passed[1].weight.fill_(1)
+
+    agree(
+        scored(fxc.trace(passed.double().eval(), IMAGES), "output", task()),
+        scored(fxc.trace(direct, IMAGES), "output", task()),
+    )
+
+
+def test_output_needs_no_loss_and_does_not_depend_on_the_scale_of_outputs():
+    model, batch = gated(), inputs(6, 4, seed=3)
+    plain = scored(traced(model, inputs(2, 4)), "output", fxc.Task(calibration=[batch]))
+    with torch.no_grad():
+        model[2].weight.mul_(1000)
+
+    scaled = scored(fxc.trace(model, inputs(2, 4)), "output", fxc.Task(calibration=[batch]))
+
+    torch.testing.assert_close(scaled, plain, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])

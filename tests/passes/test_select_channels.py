@@ -39,8 +39,8 @@ def removed(found):
     return {(r.name.removesuffix(".weight:0"), r.factor): len(r.removed) for r in found.removals}
 
 
-def counts(model, options, x=IMAGE):
-    return {name: count for (name, _), count in removed(plan(model, options, x)).items()}
+def counts(model, options, x=IMAGE, task=None):
+    return {name: count for (name, _), count in removed(plan(model, options, x, task)).items()}
 
 
 class Attention(nn.Module):
@@ -385,6 +385,41 @@ def test_macs_are_the_largest_share_that_a_ratio_gives_below_the_target(share, s
 
 def test_all_macs_may_stay():
     assert plan(chain(64), "{macs=1}").removals == ()
+
+
+def test_groups_compete_by_importance_for_each_mac_saved():
+    """Channels of `late` see a ninth of the places: as important, they save far less."""
+    model = settled(
+        Sequential(
+            early=nn.Conv2d(3, 12, 1), n1=nn.BatchNorm2d(12), r1=nn.ReLU(), stride=nn.Conv2d(12, 12, 1, stride=3),
+            late=nn.Conv2d(12, 12, 1), n2=nn.BatchNorm2d(12), r2=nn.ReLU(), last=nn.Conv2d(12, 2, 1),
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        model.n1.weight.copy_(torch.arange(1, 13))
+        model.n2.weight.copy_(torch.arange(1, 13))
+    before, task = fxc.trace(model, IMAGE), fxc.Task(calibration=[IMAGE])
+
+    by_units, by_macs = (
+        counts(before, f"{{criterion=output scope=global ignore=[stride] {how}}}", task=task)
+        for how in ("ratio=0.5", "macs=0.7")
+    )
+
+    assert by_units["late"] > by_units["early"]
+    assert by_macs["early"] * by_units["late"] > 2 * by_units["early"] * by_macs["late"]
+
+
+def test_what_saves_no_macs_stays_when_macs_are_asked_for():
+    model = Wire(
+        lambda m, x: m.convs(x) * (m.p * m.q).sum(0),
+        convs=chain(16, 16), p=nn.Parameter(torch.ones(8)), q=nn.Parameter(torch.ones(8)),
+    )  # fmt: skip
+
+    before = traced(model)
+    task = fxc.Task(training=[IMAGE], loss=lambda out, batch: out.square().mean())
+
+    assert counts(before, "{ratio=0.5}")["p:0"] == 4
+    assert set(counts(before, "{macs=0.5 criterion=fisher scope=global}", task=task)) == {"convs.conv0", "convs.conv1"}
 
 
 def test_macs_out_of_reach_are_an_error():

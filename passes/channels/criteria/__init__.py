@@ -4,7 +4,17 @@ One registry, by name. A criterion gives every unit a score over all the dims th
 channel's filters, its normalization and its readers count together.
 """
 
-from fxcompress.passes.channels.criteria import activations, gradients, weights
+from fxcompress.passes.channels.criteria import activations, gradients, outputs, weights
 from fxcompress.passes.channels.criteria.registry import Criterion, Evidence, criterion, criterion_of, names
 
-__all__ = ["Criterion", "Evidence", "activations", "criterion", "criterion_of", "gradients", "names", "weights"]
+__all__ = [
+    "Criterion",
+    "Evidence",
+    "activations",
+    "criterion",
+    "criterion_of",
+    "gradients",
+    "names",
+    "outputs",
+    "weights",
+]

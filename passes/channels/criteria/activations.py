@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from fxcompress.passes.channels.criteria.batches import batches, call_of, isolated, missing
+from fxcompress.passes.channels.criteria.batches import isolated, observed_inputs
+from fxcompress.passes.channels.criteria.reads import reads
 from fxcompress.passes.channels.criteria.registry import Evidence, criterion
-from fxcompress.passes.channels.criteria.totals import Scores, Totals, carried
+from fxcompress.passes.channels.criteria.totals import Scores, Totals
 from fxcompress.passes.channels.groups import ChannelReport
 from torch import fx
+from torch._ops import OpOverload
 
-from fxcompress.ir.ops import Operation, operation
 from fxcompress.ir.program import Program
 
 aten = torch.ops.aten
@@ -79,19 +80,14 @@ class _Seen:
 
 def _observed(evidence: Evidence, name: str, score: Callable[[_Seen], Scores]) -> Scores:
     """Scores by what :class:`_Seen` says of each operand that is contracted over its channels."""
-    task = evidence.task
-    given = None if task is None else task.calibration if task.calibration is not None else task.training
-    if given is None:
-        raise missing(name, "batches", "task=fxcompress.Task(calibration=[...])")
     program = isolated(evidence.program)
     observer = _Observer(program, evidence.report)
-    for batch in batches(evidence, name, given):
-        args, kwargs = call_of(evidence, batch)
+    for inputs in observed_inputs(evidence, name, program):
         with torch.no_grad():
-            observer.run(*program.flatten_inputs(args, kwargs))
+            observer.run(*inputs)
     totals = Totals(evidence.report)
-    for (node, operand), seen in observer.seen.items():
-        totals.add(observer.units[node, operand], score(seen))
+    for read, seen in observer.seen.items():
+        totals.add(read.units, score(seen))
     return totals.mean()
 
 
@@ -100,43 +96,18 @@ class _Observer(fx.Interpreter):
 
     def __init__(self, program: Program, report: ChannelReport) -> None:
         super().__init__(program.graph_module)
-        self.seen: dict[tuple[str, str], _Seen] = {}
-        self.units: dict[tuple[str, str], Any] = {}
-        self._calls: dict[fx.Node, tuple[Operation, list[str]]] = {}
-        for node in program.nodes:
-            call = operation(program.graph_module, node)
-            if call is not None and call.overload in _READS:
-                self._learn(call, report)
-
-    def _learn(self, call: Operation, report: ChannelReport) -> None:
-        names = []
-        for name, dim in _contracted(call):
-            layout = report.layouts.get(call.operands[name].name)
-            units = None if layout is None else carried(report, layout[dim])
-            if units is not None and units.shape[1]:
-                self.seen[call.node.name, name] = _Seen()
-                self.units[call.node.name, name] = units
-                names.append(name)
-        if names:
-            self._calls[call.node] = (call, names)
+        self.reads = reads(program, report)
+        self.seen = {read: _Seen() for found in self.reads.values() for read in found}
 
     def run_node(self, n: fx.Node) -> Any:
-        if n in self._calls:
-            call, names = self._calls[n]
+        for read in self.reads.get(n, ()):
             values = {
-                key: self.env[value] if isinstance(value, fx.Node) else value for key, value in call.arguments.items()
+                key: self.env[value] if isinstance(value, fx.Node) else value
+                for key, value in read.call.arguments.items()
             }
-            for name, dim in _contracted(call):
-                if name in names:
-                    energy = _READS[call.overload][name][1](values)
-                    self.seen[n.name, name].add(values[name], dim, energy)
+            energy = _ENERGIES[read.call.overload][read.operand](values)
+            self.seen[read].add(values[read.operand], read.dim, energy)
         return super().run_node(n)
-
-
-def _contracted(call: Operation) -> Iterator[tuple[str, int]]:
-    for name, (dim, _) in _READS[call.overload].items():
-        if name in call.operands:
-            yield name, dim
 
 
 def _conv(values: dict[str, Any]) -> torch.Tensor:
@@ -166,19 +137,19 @@ def _other(name: str, dim: int) -> Callable[[dict[str, Any]], torch.Tensor]:
 
 
 _Energy = Callable[[dict[str, Any]], torch.Tensor]
-_READS: dict[Any, dict[str, tuple[int, _Energy]]] = {
-    aten.conv1d.default: {"input": (-2, _conv)},
-    aten.conv1d.padding: {"input": (-2, _conv)},
-    aten.conv2d.default: {"input": (-3, _conv)},
-    aten.conv2d.padding: {"input": (-3, _conv)},
-    aten.conv3d.default: {"input": (-4, _conv)},
-    aten.conv3d.padding: {"input": (-4, _conv)},
-    aten.conv_transpose1d.default: {"input": (-2, _transposed)},
-    aten.conv_transpose2d.input: {"input": (-3, _transposed)},
-    aten.conv_transpose3d.input: {"input": (-4, _transposed)},
-    aten.linear.default: {"input": (-1, _linear)},
-    aten.matmul.default: {"self": (-1, _other("other", -2)), "other": (-2, _other("self", -1))},
-    aten.bmm.default: {"self": (-1, _other("mat2", -2)), "mat2": (-2, _other("self", -1))},
-    aten.scaled_dot_product_attention.default: {"query": (-1, _other("key", -1)), "key": (-1, _other("query", -1))},
+_ENERGIES: Mapping[OpOverload, Mapping[str, _Energy]] = {
+    aten.conv1d.default: {"input": _conv},
+    aten.conv1d.padding: {"input": _conv},
+    aten.conv2d.default: {"input": _conv},
+    aten.conv2d.padding: {"input": _conv},
+    aten.conv3d.default: {"input": _conv},
+    aten.conv3d.padding: {"input": _conv},
+    aten.conv_transpose1d.default: {"input": _transposed},
+    aten.conv_transpose2d.input: {"input": _transposed},
+    aten.conv_transpose3d.input: {"input": _transposed},
+    aten.linear.default: {"input": _linear},
+    aten.matmul.default: {"self": _other("other", -2), "other": _other("self", -1)},
+    aten.bmm.default: {"self": _other("mat2", -2), "mat2": _other("self", -1)},
+    aten.scaled_dot_product_attention.default: {"query": _other("key", -1), "key": _other("query", -1)},
 }
-"""Overload -> operand -> the dim that it is contracted over, and the squares that each of its elements meets there."""
+"""Overload -> operand that is read -> the squares that each of its elements meets there."""

@@ -45,6 +45,21 @@ def batches(evidence: Evidence, name: str, given: Iterable[Any]) -> Iterator[Any
         )
 
 
+def observed_inputs(evidence: Evidence, name: str, program: Program) -> Iterator[list[Any]]:
+    """The flat inputs of the batches to observe activations on: those for calibration, else those to train on.
+
+    Raises:
+        InputError: The task has neither.
+    """
+    task = evidence.task
+    given = None if task is None else task.calibration if task.calibration is not None else task.training
+    if given is None:
+        raise missing(name, "batches", "task=fxcompress.Task(calibration=[...])")
+    for batch in batches(evidence, name, given):
+        args, kwargs = call_of(evidence, batch)
+        yield program.flatten_inputs(args, kwargs)
+
+
 def call_of(evidence: Evidence, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The ``(args, kwargs)`` of the model for a batch."""
     assert evidence.task is not None

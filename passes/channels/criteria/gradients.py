@@ -14,13 +14,13 @@ from fxcompress.passes.channels.criteria.totals import Each, Scores, Totals, mar
 from fxcompress.errors import InputError
 
 
-@criterion("taylor", comparable=True)
+@criterion("taylor", scale="loss")
 def taylor(evidence: Evidence) -> Scores:
     """Squared first-order change of the loss without the unit: (sum of gradient x weight)^2 (arXiv:1906.10771)."""
     return _expanded(evidence, "taylor", torch.mul, np.square)
 
 
-@criterion("fisher", comparable=True)
+@criterion("fisher", scale="loss")
 def fisher(evidence: Evidence) -> Scores:
     """Second-order change of the loss with the empirical Fisher information as curvature: sum of (gradient x weight)^2.
 

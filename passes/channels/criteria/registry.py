@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from fxcompress.passes.channels.criteria.totals import Scores
 from fxcompress.passes.channels.groups import ChannelReport
@@ -41,6 +42,7 @@ class Evidence:
 
 
 Measure = Callable[[Evidence], Scores]
+Scale = Literal["group", "model", "loss"]
 
 
 @dataclass(frozen=True)
@@ -50,24 +52,25 @@ class Criterion:
     Attributes:
         name: Its name in the registry.
         measure: Gives the score of each unit, NaN where the criterion says nothing; more is more important.
-        comparable: Whether scores of different groups compare as they are; others are divided by their group's mean
-            before groups are ranked together.
+        scale: What scores of different groups have in common: ``loss`` where they estimate a change of the loss or the
+            outputs, so that they also compare with what a unit costs; ``model`` where they compare as they are; else
+            ``group``, and they are divided by their group's mean before groups are ranked together.
     """
 
     name: str
     measure: Measure
-    comparable: bool
+    scale: Scale
 
 
 _CRITERIA: dict[str, Criterion] = {}
 
 
-def criterion(name: str, *, comparable: bool = False) -> Callable[[Measure], Measure]:
+def criterion(name: str, *, scale: Scale = "group") -> Callable[[Measure], Measure]:
     """Registers a criterion.
 
     Args:
         name: Its name.
-        comparable: See :class:`Criterion`.
+        scale: See :class:`Criterion`.
 
     Raises:
         InputError: The name is taken.
@@ -76,7 +79,7 @@ def criterion(name: str, *, comparable: bool = False) -> Callable[[Measure], Mea
     def register(measure: Measure) -> Measure:
         if name in _CRITERIA:
             raise InputError(f"the criterion {name!r} is defined twice: {_CRITERIA[name].measure.__qualname__}")
-        _CRITERIA[name] = Criterion(name, measure, comparable)
+        _CRITERIA[name] = Criterion(name, measure, scale)
         return measure
 
     return register

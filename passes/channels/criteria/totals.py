@@ -42,14 +42,18 @@ class Totals:
             self._scores.append(scores)
             self._dims[column] += 1  # once a unit, however many of the elements carry it
 
-    def mean(self) -> Scores:
-        """For each unit the sum over its elements, divided by the number of dims; NaN where there is none."""
+    def sum(self) -> Scores:
+        """For each unit the sum over its elements; NaN where there is none."""
         dims = self._dims[:-1]
         if not self._units:
             return np.full(len(dims), np.nan)
         units, scores = np.concatenate(self._units), np.concatenate(self._scores)
         total = np.bincount(units - NONE, scores, len(self._dims))[1:]
-        return np.where(dims > 0, total / np.maximum(dims, 1), np.nan)
+        return np.where(dims > 0, total, np.nan)
+
+    def mean(self) -> Scores:
+        """For each unit the sum over its elements, divided by the number of dims; NaN where there is none."""
+        return self.sum() / np.maximum(self._dims[:-1], 1)
 
 
 def carried(report: ChannelReport, dim: Dim) -> Array:

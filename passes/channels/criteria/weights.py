@@ -29,7 +29,7 @@ def l2(evidence: Evidence) -> Scores:
     return by_weight(evidence, torch.square)
 
 
-@criterion("lamp", comparable=True)
+@criterion("lamp", scale="model")
 def lamp(evidence: Evidence) -> Scores:
     """Squared weights relative to those of all units of the group that are no smaller (LAMP, arXiv:2010.07611)."""
     scores = l2(evidence)
@@ -41,7 +41,7 @@ def lamp(evidence: Evidence) -> Scores:
     return scores
 
 
-@criterion("bn-gamma", comparable=True)
+@criterion("bn-gamma", scale="model")
 def bn_gamma(evidence: Evidence) -> Scores:
     """Absolute scale of the batch normalization after a channel (network slimming, arXiv:1708.06519).
 
@@ -85,7 +85,7 @@ def _distances(weight: torch.Tensor, dim: int) -> Scores:
     return found
 
 
-@criterion("random", comparable=True)
+@criterion("random", scale="model")
 def random(evidence: Evidence) -> Scores:
     """A random order, the same for the same seed: the baseline that a criterion has to beat."""
     return np.random.default_rng(evidence.seed).random(evidence.report.units.count)

@@ -1,0 +1,310 @@
+"""What one-shot channel removal leaves of a trained network, without any training after it, beside Torch-Pruning.
+
+EfficientNet-Lite0 with its ImageNet weights, on crops of photographs that no one calibrated on: how often the slim
+network names the class that the whole one names (top-1 agreement), and the divergence of its probabilities from those
+of the whole one, at 10, 20 and 30 % fewer multiply-accumulates. Every criterion of ours runs with and without
+``compensate``; Torch-Pruning's run with local, global and isomorphic ranking, at the largest ratio-searched share of
+MACs below the same target. Both get the same crops, labels (the whole network's) and loss. MACs are counted alike, by
+PyTorch's own counter.
+
+    python benchmarks/one_shot_quality.py
+    python benchmarks/one_shot_quality.py --only 'ours fisher*' --macs 0.8 --crops 4
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import fnmatch
+import importlib.util
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+from environment import RESULTS, write_results
+from photographs import CALIBRATION, TEST, crops, efficientnet_lite0
+from tabulate import tabulate
+from torch import nn
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
+import fxcompress as fxc
+
+SHARES = (0.9, 0.8, 0.7)
+SIZE = 224
+NO_DATA = ("l1", "l2", "lamp", "fpgm", "bn-gamma", "random")
+FROM_DATA = ("activation", "variance", "wanda", "flap", "taylor", "fisher")
+SCOPES: dict[str, dict[str, bool]] = {
+    "local": {}, "global": {"global_pruning": True}, "isomorphic": {"global_pruning": True, "isomorphic": True},
+}  # fmt: skip
+SAME = {"fisher": "hessian"}
+"""Our name of a criterion -> Torch-Pruning's, where they differ."""
+STEPS = 8
+BATCH = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """The network, and what may be known about it.
+
+    Attributes:
+        model: The whole network.
+        calibration: Crops of each calibration photograph.
+        test: Crops of the test photographs.
+    """
+
+    model: nn.Module
+    calibration: list[torch.Tensor]
+    test: torch.Tensor
+
+    @cached_property
+    def expected(self) -> torch.Tensor:
+        return logits(self.model, self.test)
+
+    @cached_property
+    def training(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Batches of one crop of each photograph, labelled by the whole network."""
+        batches = [torch.stack(rows) for rows in zip(*self.calibration, strict=True)]
+        return [(batch, logits(self.model, batch).argmax(1)) for batch in batches]
+
+    @cached_property
+    def task(self) -> fxc.Task:
+        return fxc.Task(
+            calibration=self.calibration,
+            training=self.training,
+            loss=lambda outputs, batch: functional.cross_entropy(outputs, batch[1]),
+        )
+
+    @cached_property
+    def program(self) -> fxc.Program:
+        return fxc.trace(self.model, self.test[:2].clone())
+
+    @cached_property
+    def macs(self) -> int:
+        return macs(self.model)
+
+
+def logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.cat([model(batch) for batch in images.split(BATCH)])
+
+
+def macs(model: nn.Module) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, 3, SIZE, SIZE))
+    return int(counter.get_total_flops()) // 2
+
+
+# --- ours ------------------------------------------------------------------------------------------------------------
+
+
+def ours(subject: Subject, pipeline: str) -> nn.Module:
+    done = fxc.PassManager(pipeline, instruments=[]).run(subject.program, subject.task)
+    return done.program.emit()
+
+
+def our_runs(subject: Subject, share: float) -> Iterator[tuple[str, str, Callable[[], nn.Module]]]:
+    """Criterion, way and work, with every option but ``scope`` at its default."""
+    for criterion in (*NO_DATA, *FROM_DATA):
+        select = f"select-channels{{macs={share} criterion={criterion} scope=global}}"
+        for way, passes in (("alone", "remove-channels"), ("compensate", "compensate,remove-channels")):
+            yield criterion, way, lambda text=f"{select},{passes}": ours(subject, text)
+
+
+# --- Torch-Pruning ---------------------------------------------------------------------------------------------------
+
+
+def their_runs(subject: Subject, share: float) -> Iterator[tuple[str, str, Callable[[], nn.Module]]]:
+    """Criterion, scope and work."""
+    importances = their_importances() if importlib.util.find_spec("torch_pruning") else {}
+    for criterion in importances:
+        for scope in SCOPES:
+            yield criterion, scope, lambda c=criterion, s=scope: theirs(subject, share, c, s)
+
+
+def their_importances() -> dict[str, Callable[[], Any]]:
+    from torch_pruning import importance
+
+    return {
+        "l1": lambda: importance.GroupMagnitudeImportance(p=1),
+        "l2": lambda: importance.GroupMagnitudeImportance(p=2),
+        "lamp": importance.LAMPImportance,
+        "fpgm": importance.FPGMImportance,
+        "bn-gamma": importance.BNScaleImportance,
+        "random": importance.RandomImportance,
+        "taylor": importance.GroupTaylorImportance,
+        "hessian": importance.GroupHessianImportance,
+    }
+
+
+def theirs(subject: Subject, share: float, criterion: str, scope: str) -> nn.Module:
+    """The largest slim network within the share that a search for the ratio finds."""
+    low, high, best = 0.0, 1.0, None
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        found = pruned(subject, middle, criterion, scope)
+        if found is not None and macs(found) > share * subject.macs:
+            low = middle
+        else:
+            high, best = middle, found or best
+    assert best is not None
+    return best
+
+
+def pruned(subject: Subject, ratio: float, criterion: str, scope: str) -> nn.Module | None:
+    """One step of Torch-Pruning at a ratio; ``None`` where it leaves a network that does not run."""
+    import torch_pruning
+
+    slim = copy.deepcopy(subject.model)
+    for parameter, gradient in zip(slim.parameters(), gradients(subject, criterion), strict=True):
+        parameter.grad = gradient.clone()
+    torch.manual_seed(0)
+    pruner = torch_pruning.pruner.BasePruner(
+        slim, torch.zeros(1, 3, SIZE, SIZE), their_importances()[criterion](), pruning_ratio=ratio,
+        ignored_layers=[slim.get_submodule("classifier")], **SCOPES[scope],
+    )  # fmt: skip
+    pruner.step()
+    try:
+        macs(slim)
+    except RuntimeError:
+        return None
+    return slim.requires_grad_(False)
+
+
+@cache
+def gradients(subject: Subject, criterion: str) -> list[torch.Tensor]:
+    """What Torch-Pruning's criteria read from ``grad``: for Hessian the sum of squares over samples.
+
+    Its ``accumulate_grad`` keeps only the last sample, so they are summed here.
+    """
+    if criterion not in ("taylor", "hessian"):
+        return []
+    parameters = list(subject.model.parameters())
+    sums = [torch.zeros_like(parameter) for parameter in parameters]
+    for images, labels in subject.training:
+        size = 1 if criterion == "hessian" else len(images)
+        for some, theirs in zip(images.split(size), labels.split(size), strict=True):
+            found = torch.autograd.grad(functional.cross_entropy(subject.model(some), theirs), parameters)
+            for total, gradient in zip(sums, found, strict=True):
+                total += gradient.square() if criterion == "hessian" else gradient
+    return sums
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def measure(subject: Subject, shares: list[float], only: str) -> Iterator[dict[str, Any]]:
+    for share in shares:
+        for tool, runs in (("ours", our_runs), ("theirs", their_runs)):
+            for criterion, way, work in runs(subject, share):
+                if fnmatch.fnmatch(f"{tool} {criterion} {way}", only):
+                    started = time.process_time()
+                    slim = work()
+                    seconds = time.process_time() - started
+                    row = {"tool": tool, "criterion": criterion, "way": way, "share": share}
+                    row |= {"macs": round(macs(slim) / subject.macs, 4), **quality(subject, slim)}
+                    print(*row.values(), f"{seconds:.0f} s", flush=True)
+                    yield row | {"seconds": round(seconds, 1)}
+
+
+def quality(subject: Subject, slim: nn.Module) -> dict[str, float]:
+    """Top-1 agreement in percent, and the divergence of probabilities in nats, from the whole network."""
+    found, expected = logits(slim, subject.test), subject.expected
+    agreement = (found.argmax(1) == expected.argmax(1)).double().mean()
+    divergence = functional.kl_div(
+        found.log_softmax(1), expected.log_softmax(1), log_target=True, reduction="batchmean"
+    )
+    return {"agreement": round(100 * float(agreement), 1), "divergence": round(float(divergence), 3)}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line for each tool, criterion and way; agreement (divergence) at each share."""
+    shares = sorted({row["share"] for row in rows}, reverse=True)
+    lines: dict[tuple[str, str, str], dict[float, str]] = {}
+    for row in rows:
+        shown = f"{row['agreement']:.1f} ({row['divergence']:.2f})"
+        lines.setdefault((row["tool"], row["criterion"], row["way"]), {})[row["share"]] = shown
+    made = [[*key, *(cells.get(share, "") for share in shares)] for key, cells in lines.items()]
+    return tabulate(made, ["tool", "criterion", "way", *(f"{share:.0%} of MACs" for share in shares)])
+
+
+def best(rows: list[dict[str, Any]], share: float, tool: str, *criteria: str) -> dict[str, Any] | None:
+    chosen = [row for row in rows if row["share"] == share and row["tool"] == tool]
+    chosen = [row for row in chosen if not criteria or row["criterion"] in criteria]
+    return max(chosen, key=lambda row: (row["agreement"], -row["divergence"]), default=None)
+
+
+def summary(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Ours beside the best of theirs, at each share, as a whole and for criteria of the same name."""
+    for share in sorted({row["share"] for row in rows}, reverse=True):
+        for criterion in ("", *NO_DATA, *FROM_DATA):
+            names = (criterion,) if criterion else ()
+            own = best(rows, share, "ours", *names)
+            peer = best(rows, share, "theirs", *(SAME.get(name, name) for name in names))
+            if own and peer:
+                verdict = "wins" if own["agreement"] > peer["agreement"] else "does not win"
+                yield (
+                    f"{share:.0%} {criterion or 'best':10s} ours {own['agreement']:5.1f} ({own['criterion']}, "
+                    f"{own['way']}) theirs {peer['agreement']:5.1f} ({peer['criterion']}, {peer['way']}): {verdict}"
+                )
+
+
+def draw(rows: list[dict[str, Any]]) -> None:
+    """Writes ``results/one_shot_quality.png``."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    colours = {name: f"C{number}" for number, name in enumerate((*NO_DATA, *FROM_DATA))}
+    colours |= {theirs: colours[own] for own, theirs in SAME.items()}
+    for tool, style in (("ours", "-"), ("theirs", ":")):
+        for criterion in dict.fromkeys(row["criterion"] for row in rows if row["tool"] == tool):
+            shares = sorted({row["share"] for row in rows})
+            points = [best(rows, share, tool, criterion) for share in shares]
+            heights = [100.0 if point is None else point["agreement"] for point in points]
+            axes.plot(
+                [*(100 * (1 - share) for share in shares), 0], [*heights, 100], style, marker="o", markersize=3,
+                color=colours[criterion], label=f"{'fxcompress' if tool == 'ours' else 'Torch-Pruning'} {criterion}",
+            )  # fmt: skip
+    axes.set(xlabel="% fewer MACs", ylabel="top-1 agreement with the whole network, %", ylim=(0, 101))
+    axes.set_title("EfficientNet-Lite0, one-shot: best of each criterion's ways")
+    axes.legend(fontsize=7, ncols=2)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "one_shot_quality.png", dpi=130)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--crops", type=int, default=10, help="of each calibration photograph")
+    parser.add_argument("--test-crops", type=int, default=24, help="of each test photograph")
+    parser.add_argument("--macs", type=float, nargs="+", default=list(SHARES), help="shares of MACs to keep")
+    parser.add_argument("--only", default="*", help="'TOOL CRITERION WAY' that match this pattern; nothing is written")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    subject = Subject(
+        efficientnet_lite0(),
+        [crops(name, options.crops, SIZE, seed) for seed, name in enumerate(CALIBRATION)],
+        torch.cat([crops(name, options.test_crops, SIZE, 1000 + seed) for seed, name in enumerate(TEST)]),
+    )
+    rows = list(measure(subject, options.macs, options.only))
+    print(table(rows))
+    print("\n".join(summary(rows)))
+    if options.only == "*":
+        print(f"written to {write_results('one_shot_quality', rows)}")
+        draw(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
