@@ -41,7 +41,7 @@ import fxcompress as fxc
 SHARES = (0.9, 0.8, 0.7)
 SIZE = 224
 NO_DATA = ("l1", "l2", "lamp", "fpgm", "bn-gamma", "random")
-FROM_DATA = ("activation", "variance", "wanda", "flap", "taylor", "fisher")
+FROM_DATA = ("activation", "variance", "wanda", "flap", "taylor", "fisher", "output")
 SCOPES: dict[str, dict[str, bool]] = {
     "local": {}, "global": {"global_pruning": True}, "isomorphic": {"global_pruning": True, "isomorphic": True},
 }  # fmt: skip
