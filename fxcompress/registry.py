@@ -37,6 +37,7 @@ BUILT_IN: Mapping[str, str] = {
     "reestimate-batchnorm": "fxcompress.passes.reestimate_batchnorm:ReestimateBatchnorm",
     "remove-channels": "fxcompress.passes.remove_channels:RemoveChannels",
     "select-channels": "fxcompress.passes.select_channels:SelectChannels",
+    "train": "fxcompress.passes.train:Train",
 }
 """Pass name -> module and class."""
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from fxcompress.passes.quantization.grid import Grid, QuantizationParameters, Range
-from fxcompress.passes.quantization.nodes import quantize_dequantize, quantized
+from fxcompress.passes.quantization.nodes import QUANTIZED, quantize_dequantize, quantized
 from fxcompress.passes.quantization.placement import Placement, Point
 from fxcompress.passes.quantization.targets import Target, target_of
 from fxcompress.passes.quantization.weights import channel_scales, quantize_weight
@@ -28,8 +28,6 @@ from fxcompress.ir.weighted import weighted_layer
 from fxcompress.pass_base import Guarantee, PassResult, Refusal, Transform
 from fxcompress.task import Task
 from fxcompress.tracing.raising import called_path
-
-QUANTIZED = "quantized_decomposed"
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,9 @@ import torch.ao.quantization.fx._decomposed  # registers the operators
 from fxcompress.passes.quantization.grid import QuantizationParameters
 from torch import fx
 
+QUANTIZED = "quantized_decomposed"
+"""Namespace of the operators."""
+
 quantized = torch.ops.quantized_decomposed
 
 
