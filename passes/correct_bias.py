@@ -13,16 +13,15 @@ from typing import ClassVar
 
 import torch
 from fxcompress.passes.calibrated.progress import shown
-from fxcompress.passes.quantization.layers import QuantizedLayer, objections, quantized_layer
-from fxcompress.passes.quantization.streams import quantized_streams
+from fxcompress.passes.quantization.layers import objections, quantized_layer
+from fxcompress.passes.quantization.streams import mean_error, quantized_streams
 
 from fxcompress.calibration import calibration_inputs
 from fxcompress.errors import InputError
+from fxcompress.ir.marks import is_done, mark_done
 from fxcompress.ir.program import Program
 from fxcompress.pass_base import Guarantee, PassResult, Transform
 from fxcompress.task import Task
-
-_CORRECTED = "bias_corrected"
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class CorrectBias(Transform):
         """Counts the layers ``corrected``."""
         root = program.graph_module
         refusals = {refusal.node: refusal for refusal in objections(root)}
-        fresh = [node for node in program.nodes if node.name not in refusals and _CORRECTED not in node.meta]
+        fresh = [node for node in program.nodes if node.name not in refusals and not is_done(node, self.name)]
         layers = {node: quantized_layer(root, node) for node in fresh}
         wanted = {node: layer for node, layer in layers.items() if layer is not None}
         if not wanted:
@@ -61,20 +60,9 @@ class CorrectBias(Transform):
         for node in shown(streams, self.name):
             layer = wanted.get(node)
             if layer is not None:
-                shift = _mean_error(list(streams.outputs(node)), layer)
+                shift = mean_error(streams, layer)
                 if bool(torch.isfinite(shift).all()) and bool(shift.any()):
                     layer.shift_bias(root, shift)
-                    node.meta[_CORRECTED] = True
+                    mark_done(node, self.name)
                     corrected += 1
         return PassResult(corrected > 0, tuple(refusals.values()), {"corrected": corrected})
-
-
-def _mean_error(outputs: list[tuple[torch.Tensor, torch.Tensor]], layer: QuantizedLayer) -> torch.Tensor:
-    """How much each output channel is too small in the mean over all batches and places."""
-    total, count = torch.zeros((), dtype=torch.float64), 0
-    for before, after in outputs:
-        channel = layer.layer.layout.channel_dim(before.dim())
-        error = (before - after).movedim(channel, 0).flatten(1)
-        total = total + error.double().sum(1)
-        count += error.shape[1]
-    return total / max(count, 1)

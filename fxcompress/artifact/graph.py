@@ -17,6 +17,7 @@ from torch.utils._sympy.numbers import int_oo
 
 from fxcompress.artifact.modules import checked_path
 from fxcompress.artifact.values import Decoder, decode_target, encode, encode_target
+from fxcompress.ir.marks import DONE
 from fxcompress.ir.program import graph_module_of
 
 
@@ -35,6 +36,8 @@ def _encode_node(node: fx.Node) -> dict[str, Any]:
     }
     if node.op == "placeholder":
         entry["value"] = _encode_input(node.meta.get("val"))
+    if DONE in node.meta:
+        entry[DONE] = list(node.meta[DONE])
     if "stack_trace" in node.meta:
         entry["stack_trace"] = node.meta["stack_trace"]
     if node.meta.get("nn_module_stack"):
@@ -99,6 +102,8 @@ def _decode_node(graph: fx.Graph, entry: Any, decoder: Decoder) -> fx.Node:
             raise ValueError(f"{name!r} is no name of a node")
     resolved = decode_target(target) if op == "call_function" else checked_path(target)
     node = graph.create_node(op, resolved, args, kwargs, name=entry["name"])
+    if DONE in entry:
+        node.meta[DONE] = tuple(map(str, entry[DONE]))
     if "stack_trace" in entry:
         node.meta["stack_trace"] = str(entry["stack_trace"])
     if "module_stack" in entry:

@@ -5,7 +5,8 @@ import torch
 from models import inputs
 from torch import nn
 
-from fxcompress import InputError, PassManager, Task, trace
+from fxcompress import InputError, PassManager, Task, load, trace
+from fxcompress.artifact import save
 
 
 def images(count=32, seed=1):
@@ -99,6 +100,18 @@ def test_twice_is_once():
     once, _ = corrected(quantized(network(), x, task), task)
 
     twice, result = corrected(once, task)
+
+    assert not result.changed
+    assert torch.equal(once(x), twice(x))
+
+
+def test_a_saved_model_is_not_corrected_again(tmp_path):
+    x = images()
+    task = Task(calibration=[x])
+    once, _ = corrected(quantized(network(), x, task), task)
+    save(once, tmp_path / "m.pt2")
+
+    twice, result = corrected(load(tmp_path / "m.pt2"), task)
 
     assert not result.changed
     assert torch.equal(once(x), twice(x))
