@@ -71,8 +71,7 @@ class Interface:
         """The example inputs with ``batch`` rows, made by repeating rows."""
         leaves = [leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
         for index, dim in self.batch.items():
-            rows = torch.arange(batch, device=leaves[index].device) % leaves[index].shape[dim]
-            leaves[index] = leaves[index].index_select(dim, rows)
+            leaves[index] = first_rows(leaves[index], dim, batch)
         args, kwargs = tree_unflatten(leaves, self.in_spec)
         return args, kwargs
 
@@ -87,6 +86,11 @@ class Interface:
         """Rows of the example inputs, or ``None`` when no input has a batch dim."""
         leaves = self.leaves
         return next((leaves[index].shape[dim] for index, dim in self.batch.items()), None)
+
+
+def first_rows(tensor: torch.Tensor, dim: int, rows: int) -> torch.Tensor:
+    """The first ``rows`` slices of a tensor along ``dim``; starts again where there are not as many."""
+    return tensor.index_select(dim, torch.arange(rows, device=tensor.device) % tensor.shape[dim])
 
 
 class Program:

@@ -10,7 +10,13 @@ from toys import put_weight, toy_program, weight
 import fxcompress as fxc
 from fxcompress.errors import VerificationError
 from fxcompress.ir.ops import set_state
-from fxcompress.verification.numerics import check_exact, compare, compare_outputs, rounding_tolerance
+from fxcompress.verification.numerics import (
+    check_against_model,
+    check_exact,
+    compare,
+    compare_outputs,
+    rounding_tolerance,
+)
 from fxcompress.verification.verifier import violations
 from fxcompress.verification.widened import widened
 
@@ -147,3 +153,72 @@ def test_widening_reaches_weights_literals_and_constants():
     assert torch.allclose(output.float(), program(*program.interface.args), atol=1e-6)
     assert list(violations(wide)) == []
     assert {tensor.dtype for tensor in program.graph_module.parameters()} == {torch.float32}
+
+
+class Rows(nn.Module):
+    """Counts the rows it computes."""
+
+    def __init__(self, mix=lambda y: y):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.mix = mix
+        self.seen = []
+
+    def forward(self, x):
+        if not torch.compiler.is_exporting():
+            self.seen.append(len(x))
+        return self.mix(self.linear(x))
+
+
+def against_itself(model, rows, rewrite=lambda program: None):
+    """Traces a model, plants a bug and compares the two; gives the batches that the model ran at meanwhile."""
+    x = torch.randn(rows, 4)
+    program = fxc.trace(model, x)
+    rewrite(program)
+    program.graph_module.recompile()
+    reference = model(x)
+    del model.seen[:]
+    check_against_model(program, model, reference)
+    return model.seen
+
+
+def test_rows_of_the_reference_serve_for_the_other_batch():
+    assert against_itself(Rows(), 2) == []
+    assert against_itself(Rows(), 1) == []
+    assert against_itself(Rows(), 50) == []
+
+
+def test_the_model_runs_again_where_it_mixes_rows():
+    assert against_itself(Rows(lambda y: y - y.mean(0)), 2) == [3]
+    assert against_itself(Rows(lambda y: y - y.mean(0)), 50) == [2]
+
+
+def test_a_graph_that_needs_two_rows_is_checked_at_three():
+    assert against_itself(Rows(lambda y: y + y.index_select(0, torch.tensor([1]))), 2) == [3]
+
+
+def after(program, call, *args):
+    """Puts one more operation behind the output."""
+    output = program.graph.output_node()
+    (result,) = output.args[0]
+    with program.graph.inserting_before(output):
+        planted = program.graph.call_function(call, (result, *args))
+    planted.meta = dict(result.meta)
+    output.args = ((planted,),)
+
+
+@pytest.mark.parametrize(
+    ("rows", "plant"),
+    [
+        (2, lambda program: after(program, aten.reshape.default, [2, 3])),
+        (50, lambda program: after(program, aten.reshape.default, [50, 3])),
+        (2, lambda program: after(program, aten.mul.Tensor, 1.001)),
+        (50, lambda program: after(program, aten.mul.Tensor, 1.001)),
+        (2, lambda program: after(program, aten.flip.default, [0])),
+        (1, lambda program: after(program, aten.sum.dim_IntList, [0], True)),
+        (2, lambda program: put_weight(program, 1.001, "linear.bias")),
+    ],
+)
+def test_a_program_that_differs_from_its_model_is_caught(rows, plant):
+    with pytest.raises((VerificationError, RuntimeError), match=r"differs from Rows|shape|output 0 is"):
+        against_itself(Rows(), rows, plant)
