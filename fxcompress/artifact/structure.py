@@ -123,6 +123,7 @@ def encode_interface(interface: Interface) -> dict[str, Any]:
         "examples": [_encode_leaf(leaf) for leaf in interface.leaves],
         "dynamic": [[index, list(dims)] for index, dims in interface.dynamic.items()],
         "batch": [[index, dim] for index, dim in interface.batch.items()],
+        "tied": [[list(dim), list(other)] for dim, other in interface.tied.items()],
     }
 
 
@@ -142,6 +143,7 @@ def decode_interface(data: Any, decoder: Decoder) -> Interface:
         names,
         {int(index): tuple(dims) for index, dims in data["dynamic"]},
         {int(index): int(dim) for index, dim in data["batch"]},
+        {(int(i), int(j)): (int(k), int(n)) for (i, j), (k, n) in data.get("tied", [])},
     )
 
 

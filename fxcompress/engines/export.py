@@ -202,8 +202,18 @@ def tensor_names(interface: Interface, output: Any) -> Names:
     inputs = [_fresh(_input_label(path, interface), taken) for _, path in tensors]
     results = tree_flatten_with_path(output)[0]
     outputs = [_fresh(_output_label(path), taken) for path, leaf in results if isinstance(leaf, torch.Tensor)]
-    batch = tuple(interface.batch.get(index) for index, _ in tensors)
-    return Names(tuple(inputs), tuple(outputs), batch)
+    names = {index: name for (index, _), name in zip(tensors, inputs, strict=True)}
+    dims = tuple(
+        {dim: _dim_name(interface, names, index, dim) for dim in interface.dynamic.get(index, ())}
+        for index, _ in tensors
+    )
+    return Names(tuple(inputs), tuple(outputs), dims)
+
+
+def _dim_name(interface: Interface, names: dict[int, str], index: int, dim: int) -> str:
+    """``batch``, or the first input and dim of that size (``tokens_dim1``)."""
+    index, dim = interface.tied.get((index, dim), (index, dim))
+    return "batch" if interface.batch.get(index) == dim else f"{names[index]}_dim{dim}"
 
 
 def _input_label(path: tuple[Any, ...], interface: Interface) -> str:

@@ -30,11 +30,11 @@ Run = Callable[[Sequence[torch.Tensor]], list[Any]]
 
 @dataclass(frozen=True)
 class Names:
-    """Readable names of the tensors that go in and come out, in order, and the batch dim (if any) of each input."""
+    """Readable names of the tensors that go in and come out, in order, and of each input's dynamic dims."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    batch: tuple[int | None, ...]
+    dims: tuple[dict[int, str], ...]
 
 
 @dataclass(frozen=True)
@@ -149,14 +149,13 @@ def _quiet() -> Iterator[None]:
 
 
 def _name_dims(model: Any, names: Names) -> None:
-    """Names dynamic dims after what they are: ``batch``, or the first input and dim they are in (``tokens_dim1``)."""
+    """Names dynamic dims after what they are, also where the file has several symbols for sizes that are the same."""
     symbols: dict[str, str] = {}
-    batch = dict(zip(names.inputs, names.batch, strict=True))
+    dims = dict(zip(names.inputs, names.dims, strict=True))
     for value in model.graph.input:
         for index, dim in enumerate(value.type.tensor_type.shape.dim):
             if dim.dim_param:
-                readable = "batch" if batch.get(value.name) == index else f"{value.name}_dim{index}"
-                symbols.setdefault(dim.dim_param, readable)
+                symbols.setdefault(dim.dim_param, dims[value.name].get(index, f"{value.name}_dim{index}"))
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param:  # may be an expression of several

@@ -52,6 +52,7 @@ class Interface:
         names: Parameter name of each top-level input in call order.
         dynamic: Leaf index -> dims whose size may change from call to call.
         batch: Leaf index -> the batch dim, for leaves that have one.
+        tied: ``(leaf index, dim)`` of dynamic dims -> the first of those that have the same size in every call.
     """
 
     args: tuple[Any, ...]
@@ -61,6 +62,7 @@ class Interface:
     names: tuple[str, ...]
     dynamic: dict[int, tuple[int, ...]] = field(default_factory=dict)
     batch: dict[int, int] = field(default_factory=dict)
+    tied: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
 
     @property
     def leaves(self) -> list[Any]:

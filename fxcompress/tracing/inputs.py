@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class ExampleInputs:
         dynamic: Leaf index -> dims that may change.
         batch: Leaf index -> batch dim.
         constrained: Whether dims in ``dynamic`` become constants where the model needs that; otherwise it is an error.
+        tied: ``(leaf index, dim)`` -> the first dynamic dim of the same size, known once the model is captured.
     """
 
     args: tuple[Any, ...]
@@ -41,6 +42,7 @@ class ExampleInputs:
     dynamic: dict[int, tuple[int, ...]]
     batch: dict[int, int]
     constrained: bool = False
+    tied: Mapping[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
 
     @property
     def leaves(self) -> list[Any]:
@@ -60,6 +62,11 @@ class ExampleInputs:
         guessed = self.batch.get(index) == dim and index != next(iter(self.batch))
         return not self.constrained and not guessed
 
+    def with_all_dims(self) -> ExampleInputs:
+        """The inputs with every dim dynamic, unless the model fixes it."""
+        dims = {i: tuple(range(leaf.dim())) for i, leaf in enumerate(self.leaves) if isinstance(leaf, torch.Tensor)}
+        return replace(self, dynamic=dims, constrained=True)
+
     def settled(self, values: list[Any]) -> ExampleInputs:
         """The inputs with only those dims dynamic that are in ``values``, the symbolic inputs of what was captured."""
         dynamic = {
@@ -67,11 +74,20 @@ class ExampleInputs:
             for index, dims in self.dynamic.items()
         }
         batch = {index: dim for index, dim in self.batch.items() if dim in dynamic.get(index, ())}
-        return replace(self, dynamic={index: dims for index, dims in dynamic.items() if dims}, batch=batch)
+        first: dict[Any, tuple[int, int]] = {}
+        tied = {
+            (index, dim): first.setdefault(values[index].shape[dim].node.expr, (index, dim))
+            for index, dims in sorted(dynamic.items())
+            for dim in dims
+        }
+        tied = {dim: other for dim, other in tied.items() if dim != other}
+        return replace(self, dynamic={i: dims for i, dims in dynamic.items() if dims}, batch=batch, tied=tied)
 
     def interface(self, out_spec: TreeSpec) -> Interface:
         """What callers see, once the output structure is known."""
-        return Interface(self.args, self.kwargs, self.spec, out_spec, self.names, self.dynamic, self.batch)
+        return Interface(
+            self.args, self.kwargs, self.spec, out_spec, self.names, self.dynamic, self.batch, dict(self.tied)
+        )
 
 
 def _may_change(size: int | torch.SymInt) -> bool:

@@ -159,9 +159,7 @@ def _capture(module: nn.Module, call: _Call | None) -> Program:
             f"{type(module).__name__} is called in more than one way: structure, rank, dtype or a value that is no "
             "tensor differs from call to call"
         )
-    inputs = prepare(module, (call.args, call.kwargs))
-    dims = {i: tuple(range(leaf.dim())) for i, leaf in enumerate(inputs.leaves) if isinstance(leaf, torch.Tensor)}
-    program = capture(module, replace(inputs, dynamic=dims, constrained=True))
+    program = capture(module, prepare(module, (call.args, call.kwargs)).with_all_dims())
     if any(diagnostic.code == "output-dropped" for diagnostic in program.diagnostics):
         raise CaptureError(f"{type(module).__name__} gives objects that the code around it may need")
     return program

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from fxcompress.tracing.normalize import normalize
 from fxcompress.tracing.outputs import plain_outputs
 from fxcompress.tracing.raising import Aliases, Origin, raise_layers
 from fxcompress.tracing.randomness import random_draws
-from fxcompress.tracing.training_only import dropped_state, listing, training_only
+from fxcompress.tracing.training_only import custom_backwards, dropped_state, listing, training_only
 from fxcompress.tracing.untouched import borrowed, kept_state, seeded
 
 logger = logging.getLogger(__name__)
@@ -81,13 +82,14 @@ def capture(model: nn.Module, inputs: ExampleInputs) -> Program:
         changed = loan.changed()
         loan.forget_cached()
         started = time.perf_counter()
-        exported = export(model, inputs)
+        with custom_backwards(model) as lost:
+            exported = export(model, inputs)
         captured = time.perf_counter()
         loan.forget_cached()
         inputs = inputs.settled(_input_values(exported))
         program = lower(exported, inputs, Origin.of(model), type(model).__name__)
         random = random_draws(program.graph)
-        program.diagnostics += [*dropped, *training_only(model, program.graph), *random]
+        program.diagnostics += [*dropped, *training_only(model, program.graph), *lost, *random]
         try:
             _verify(program, model, reference)
         except VerificationError as error:
@@ -107,22 +109,9 @@ def _from_exported(exported: ExportedProgram, example_inputs: Any) -> Program:
             raise InputError("the ExportedProgram carries no example inputs: pass example_inputs")
         example_inputs = exported.example_inputs
     model = exported.module()
-    inputs = prepare(model, example_inputs, None, None)
-    dims = {
-        index: tuple(d for d, size in enumerate(val.size()) if not isinstance(size, int))
-        for index, val in enumerate(_input_values(exported))
-        if isinstance(val, torch.Tensor)
-    }
-    batch = {index: sizes[0] for index, sizes in dims.items() if sizes and sizes[0] == 0}
-    inputs = ExampleInputs(
-        inputs.args,
-        inputs.kwargs,
-        inputs.names,
-        inputs.spec,
-        inputs.labels,
-        {index: sizes for index, sizes in dims.items() if sizes},
-        batch,
-    )
+    inputs = prepare(model, example_inputs, batch_dim=None).with_all_dims()
+    inputs = replace(inputs, batch={index: 0 for index, dims in inputs.dynamic.items() if dims})
+    inputs = inputs.settled(_input_values(exported))
     reference = run_model(model, inputs)
     origin = Origin(dict(exported.state_dict), frozenset())
     program = lower(exported, inputs, origin, exported.graph_module._get_name())

@@ -88,15 +88,12 @@ def test_onnx_keeps_names_and_dynamic_dims(plain, tmp_path):
         value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
         for value in (*graph.input, *graph.output)
     }
-    length, mask_length = shapes["input_ids"][1], shapes["attention_mask"][1]
     assert shapes == {
-        "input_ids": ["batch", length],
-        "attention_mask": ["batch", mask_length],
-        "last_hidden_state": ["batch", length, 16],
+        "input_ids": ["batch", "input_ids_dim1"],
+        "attention_mask": ["batch", "input_ids_dim1"],
+        "last_hidden_state": ["batch", "input_ids_dim1", 16],
         "pooler_output": ["batch", 16],
     }
-    # the mask is only indexed, so nothing in the graph says that its length is that of the tokens
-    assert {length, mask_length} <= {"input_ids_dim1", "attention_mask_dim1"}
     session = onnxruntime.InferenceSession(tmp_path / "bert.onnx", providers=["CPUExecutionProvider"])
     feed = {name: np.ones((5, 9), dtype=np.int64) for name in ("input_ids", "attention_mask")}
     assert session.run(None, feed)[0].shape == (5, 9, 16)
