@@ -13,7 +13,8 @@ from torch import fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fxcompress.engines.export import export, tensor_names
-from fxcompress.engines.formats import FORMATS, Run
+from fxcompress.engines.formats import FORMATS
+from fxcompress.engines.names import Run
 from fxcompress.errors import ArtifactError, InputError, did_you_mean
 from fxcompress.ir.emit import INTERFACE
 from fxcompress.ir.program import Interface, Program

@@ -46,8 +46,8 @@ def without_quantization(module: fx.GraphModule) -> fx.GraphModule:
     """The module with nothing rounded to a grid: what is quantized and dequantized is read as it was."""
     made = clone_graph_module(module, copy_graph(module.graph), lambda tensor: tensor)
     for node in made.graph.nodes:
-        source = node.args[0] if _calls(node, "dequantize") else None
-        if isinstance(source, fx.Node) and _calls(source, "quantize"):
+        source = node.args[0] if is_call(node, "dequantize") else None
+        if isinstance(source, fx.Node) and is_call(source, "quantize"):
             node.replace_all_uses_with(source.args[0])
     eliminate_dead(made.graph)
     made.recompile()
@@ -56,13 +56,18 @@ def without_quantization(module: fx.GraphModule) -> fx.GraphModule:
 
 def _quantized_state(module: fx.GraphModule) -> Iterator[fx.Node]:
     for node in module.graph.nodes:
-        operands = node.all_input_nodes
-        if _calls(node, "quantize") and all(each.op == "get_attr" for each in operands):
+        if is_call(node, "quantize") and holds_state(node):
             yield node
 
 
-def _calls(node: fx.Node, operator: str) -> bool:
-    return node.op == "call_function" and str(node.target).startswith(f"{QUANTIZED}.{operator}_")
+def holds_state(node: fx.Node) -> bool:
+    """Whether a node reads the model's state and nothing else."""
+    return all(operand.op == "get_attr" for operand in node.all_input_nodes)
+
+
+def is_call(node: fx.Node, operator: str) -> bool:
+    """Whether a node calls an operator whose name starts so, such as ``quantize``."""
+    return node.op == "call_function" and str(node.target).startswith(f"{QUANTIZED}.{operator}")
 
 
 def _hold(made: fx.GraphModule, node: fx.Node) -> str:

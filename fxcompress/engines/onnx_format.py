@@ -1,0 +1,159 @@
+"""ONNX files: written by torch.onnx from a torch.export graph, run by onnxruntime."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten
+
+from fxcompress.engines.names import Names, Run, RunPieces, pieces_of
+from fxcompress.engines.reexport import reexport
+from fxcompress.errors import ArtifactError
+from fxcompress.ir.program import Interface
+
+logger = logging.getLogger(__name__)
+
+
+class _TensorOutputs(nn.Module):
+    """A model's outputs as a flat tuple, without what is no tensor: ONNX has no place for it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+        @functools.wraps(model.forward)  # torch.export reads the signature, and names what it guards after it
+        def forward(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+            return tuple(leaf for leaf in tree_flatten(model(*args, **kwargs))[0] if isinstance(leaf, torch.Tensor))
+
+        self.forward = forward
+
+
+def write_onnx(module: nn.Module, interface: Interface, path: Path, names: Names) -> None:
+    """Writes a module that is in eval mode."""
+    import onnx
+
+    exported = reexport(_TensorOutputs(module).eval(), interface)
+    with _quiet():
+        try:
+            program = torch.onnx.export(
+                exported,
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+                input_names=names.inputs,
+                output_names=names.outputs,
+            )
+        except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
+            raise ArtifactError(_explain(error)) from error
+    assert program is not None
+    model = program.model_proto
+    _name_dims(model, names)
+    onnx.save(model, path)
+
+
+def _explain(error: BaseException) -> str:
+    causes: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        causes.append(str(cause).strip() or type(cause).__name__)
+        cause = cause.__cause__
+    found = re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)', overload='(\w+)'\)", "\n".join(causes))
+    if found is None:
+        return f"ONNX export fails: {causes[-1].splitlines()[0]}; export to .pt2 instead"
+    return (
+        f"ONNX export has no translation for the operator {found[1]}.{found[2]}; write it with other operations, or "
+        "export to .pt2 instead"
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the exporter's progress lines and notices to itself; errors still come as exceptions."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    before = [talker.level for talker in loggers]
+    said = StringIO()
+    try:
+        for talker in loggers:
+            talker.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings(), redirect_stdout(said):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for talker, level in zip(loggers, before, strict=True):
+            talker.setLevel(level)
+        if said.getvalue():
+            logger.debug("the ONNX exporter said: %s", said.getvalue())
+
+
+def _name_dims(model: Any, names: Names) -> None:
+    """Names dynamic dims after what they are, also where the file has several symbols for sizes that are the same."""
+    symbols: dict[str, str] = {}
+    dims = dict(zip(names.inputs, names.dims, strict=True))
+    for value in model.graph.input:
+        for index, dim in enumerate(value.type.tensor_type.shape.dim):
+            if dim.dim_param:
+                symbols.setdefault(dim.dim_param, dims[value.name].get(index, f"{value.name}_dim{index}"))
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:  # may be an expression of several
+                dim.dim_param = re.sub(r"[A-Za-z_]\w*", lambda word: symbols.get(word[0], word[0]), dim.dim_param)
+
+
+def open_onnx(path: Path, names: Names) -> Run:
+    """Runs a file as onnxruntime does by default."""
+    return _run_session(path.read_bytes(), path.name, names)
+
+
+def onnx_pieces(path: Path, names: Names, cuts: Collection[str]) -> RunPieces:
+    """Runs a file without graph optimizations, cut at values: what reads one reads an input in its place."""
+    import onnx
+    import onnxruntime
+
+    model = onnx.load(path)
+    found = [node.output[0] for node in model.graph.node if node.output[0] in cuts]
+    forced = {name: f"{name}_forced" for name in found}
+    for node in model.graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = forced.get(name, name)
+    for name in found:
+        real = onnx.TensorProto.FLOAT
+        model.graph.input.append(onnx.helper.make_tensor_value_info(forced[name], real, None))
+        if name not in names.outputs:
+            model.graph.output.append(onnx.helper.make_tensor_value_info(name, real, None))
+    level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    run = _run_session(model.SerializeToString(), path.name, names.with_cuts(forced), level)
+    return pieces_of(run, names, found)
+
+
+def _run_session(content: bytes, label: str, names: Names, level: Any = None) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if level is not None:
+        options.graph_optimization_level = level
+    try:
+        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        raise ArtifactError(
+            f"onnxruntime cannot run {label}: {error}; use a dtype or operator that it knows, or export to .pt2"
+        ) from error
+    kept = {value.name for value in session.get_inputs()}
+
+    def run(tensors: Sequence[torch.Tensor]) -> list[Any]:
+        feed = {
+            name: tensor.numpy(force=True) for name, tensor in zip(names.inputs, tensors, strict=True) if name in kept
+        }
+        return [torch.from_numpy(array) for array in session.run(list(names.outputs), feed)]
+
+    return run

@@ -1,0 +1,71 @@
+"""OpenVINO IR: converted from an ONNX file, run by OpenVINO on the CPU."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxcompress.engines.names import Names, Run, RunPieces, pieces_of
+from fxcompress.engines.onnx_format import write_onnx
+from fxcompress.ir.program import Interface
+
+
+def write_openvino(module: nn.Module, interface: Interface, path: Path, names: Names) -> None:
+    """Writes a module that is in eval mode."""
+    import openvino
+
+    with tempfile.TemporaryDirectory() as folder:
+        onnx_file = Path(folder) / "model.onnx"
+        write_onnx(module, interface, onnx_file, names)
+        model = openvino.convert_model(onnx_file)
+        openvino.save_model(model, path, compress_to_fp16=False)
+
+
+def open_openvino(path: Path, names: Names) -> Run:
+    """Runs a file as OpenVINO does by default, but in float32 where nothing else is written."""
+    import openvino
+
+    return _run_model(openvino.Core().read_model(path), names, {})
+
+
+def openvino_pieces(path: Path, names: Names, cuts: Collection[str]) -> RunPieces:
+    """Runs a file in float32, cut at values: what reads one reads an input in its place."""
+    import openvino
+    from openvino import opset13 as ops
+
+    model = openvino.Core().read_model(path)
+    ports = [port for node in model.get_ops() for port in node.outputs()]
+    found = {name: port for port in ports for name in sorted(port.get_names() & set(cuts))[:1]}
+    forced = {name: f"{name}_forced" for name in found}
+    for name, port in found.items():
+        given = ops.parameter(port.get_partial_shape(), openvino.Type.f32, name=forced[name])
+        given.output(0).set_names({forced[name]})
+        for reader in port.get_target_inputs():
+            if reader.get_node().get_type_name() != "Result":
+                reader.replace_source_output(given.output(0))
+        model.add_parameters([given])
+        if name not in names.outputs:
+            model.add_results([ops.result(port)])
+    run = _run_model(model, names.with_cuts(forced), {"LP_TRANSFORMS_MODE": "NO"})
+    return pieces_of(run, names, list(found))
+
+
+def _run_model(model: Any, names: Names, settings: Mapping[str, str]) -> Run:
+    import openvino
+
+    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32", **settings})
+    kept = {name for port in compiled.inputs for name in port.names}
+
+    def run(tensors: Sequence[torch.Tensor]) -> list[Any]:
+        feed = {
+            name: tensor.numpy(force=True) for name, tensor in zip(names.inputs, tensors, strict=True) if name in kept
+        }
+        results = compiled(feed)
+        return [torch.from_numpy(results[name].copy()) for name in names.outputs]
+
+    return run

@@ -1,0 +1,144 @@
+"""Export of quantized models: the file is right piece by piece, and engines stay near it."""
+
+import onnx
+import pytest
+import torch
+from models import residual_net
+from onnx import numpy_helper
+
+import fxcompress as fxc
+from fxcompress.engines import export, openvino_format
+from fxcompress.engines.formats import FORMATS, Format
+
+ENGINES = {"onnxruntime": ".onnx", "openvino": ".xml"}
+
+
+def quantized(model, x, target):
+    torch.manual_seed(0)
+    program = fxc.trace(model.eval(), x)
+    pipeline = f"fold-batchnorm,insert-qdq{{target={target}}}"
+    return fxc.PassManager(pipeline).run(program, fxc.Task(calibration=[x])).program
+
+
+@pytest.fixture(scope="module")
+def programs():
+    torch.manual_seed(0)
+    model, x = residual_net(), torch.randn(8, 3, 8, 8)
+    return {target: quantized(model, x, target) for target in ENGINES}
+
+
+@pytest.fixture(scope="module")
+def right(programs, tmp_path_factory):
+    """The ONNX file of each, as it should be."""
+    folder = tmp_path_factory.mktemp("right")
+    return {target: fxc.export(program, folder / f"{target}.onnx").path for target, program in programs.items()}
+
+
+@pytest.mark.parametrize("target", ENGINES)
+def test_engines_stay_near_a_file_that_is_right(target, programs, tmp_path):
+    for suffix in {ENGINES[target], ".pt2"}:
+        fxc.export(programs[target], tmp_path / f"m{suffix}")
+
+
+# --- planted bugs ----------------------------------------------------------------------------------------------------
+
+
+def quantizers(model, kind):
+    return [node for node in model.graph.node if node.op_type == kind]
+
+
+def held(model, name):
+    return next(tensor for tensor in model.graph.initializer if tensor.name == name)
+
+
+def own(model, node, index, change):
+    """Gives a node an operand of its own, changed."""
+    tensor = numpy_helper.from_array(change(numpy_helper.to_array(held(model, node.input[index]))), f"planted_{index}")
+    model.graph.initializer.append(tensor)
+    node.input[index] = tensor.name
+
+
+def scale_of_an_activation(model):
+    own(model, quantizers(model, "QuantizeLinear")[2], 1, lambda scale: scale * 1.03)
+
+
+def scale_where_it_is_read(model):
+    reader = next(node for node in quantizers(model, "DequantizeLinear") if node.input[0].startswith("quantize_per"))
+    own(model, reader, 1, lambda scale: scale * 0.97)
+
+
+def scale_of_a_weight(model):
+    reader = next(node for node in quantizers(model, "DequantizeLinear") if "weight" in node.input[0])
+    own(model, reader, 1, lambda scales: scales * 1.03)
+
+
+def zero_point(model):
+    own(model, quantizers(model, "QuantizeLinear")[1], 2, lambda zero: zero + 1)
+
+
+def channel_axis(model):
+    for node in quantizers(model, "DequantizeLinear"):
+        if "weight" in node.input[0] and len(set(held(model, node.input[0]).dims[:2])) == 1:
+            node.attribute[0].i = 1
+            return
+    raise AssertionError("no weight is square")
+
+
+def one_scale_for_all_channels(model):
+    reader = next(node for node in quantizers(model, "DequantizeLinear") if "weight" in node.input[0])
+    own(model, reader, 1, lambda scales: scales * 0 + scales.mean())
+
+
+BUGS = [
+    scale_of_an_activation,
+    scale_where_it_is_read,
+    scale_of_a_weight,
+    zero_point,
+    channel_axis,
+    one_scale_for_all_channels,
+]
+
+
+@pytest.mark.parametrize("target", ENGINES)
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_file_that_is_off_a_little_is_not_written(bug, target, programs, right, tmp_path, monkeypatch):
+    def write_wrong(module, interface, path, names):
+        model = onnx.load(right[target])
+        bug(model)
+        onnx.save(model, path)
+
+    monkeypatch.setattr(openvino_format, "write_onnx", write_wrong)
+    real = FORMATS[".onnx"]
+    wrong = Format(real.purpose, real.extra, (), write_wrong, real.open, real.open_pieces)
+    monkeypatch.setitem(FORMATS, ".onnx", wrong)  # type: ignore[arg-type]
+    with pytest.raises(fxc.VerificationError, match=r"was not written: (in the file, |output 'out)"):
+        fxc.export(programs[target], tmp_path / f"m{ENGINES[target]}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_integers_of_weights_that_are_off(programs, tmp_path, monkeypatch):
+    def wrong(module):
+        made = export_integers(module)
+        name, integers = next((name, value) for name, value in made.named_buffers() if value.dtype == torch.int8)
+        path, _, leaf = name.rpartition(".")
+        setattr(made.get_submodule(path), leaf, integers.roll(1, 0))
+        return made
+
+    export_integers = export.with_integer_weights
+    monkeypatch.setattr(export, "with_integer_weights", wrong)
+    with pytest.raises(fxc.VerificationError, match="in the file, "):
+        fxc.export(programs["onnxruntime"], tmp_path / "m.onnx")
+
+
+def test_an_engine_that_is_off_is_told_from_a_file_that_is(programs, tmp_path, monkeypatch):
+    real = FORMATS[".onnx"]
+
+    def open_broken(path, names):
+        run = real.open(path, names)
+        return lambda tensors: [value * 1.05 for value in run(tensors)]
+
+    broken = Format(real.purpose, real.extra, (), real.write, open_broken, real.open_pieces)
+    monkeypatch.setitem(FORMATS, ".onnx", broken)  # type: ignore[arg-type]
+    with pytest.raises(fxc.VerificationError, match=r"The file is right, but the engine's integer kernels are not"):
+        fxc.export(programs["onnxruntime"], tmp_path / "m.onnx")
+    assert list(tmp_path.iterdir()) == []
