@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
-from fxcompress.cli.options import MODEL_HELP, add, command, loaded, traced
+from fxcompress.cli.options import MODEL_HELP, add, command, loaded, parts, parts_line, traced_or_islands
 from fxcompress.cli.terminal import Terminal
 from fxcompress.engines.bench import EngineRow, bench
 from fxcompress.engines.compile import ENGINES
+from fxcompress.ir.program import Program
 from fxcompress.report.formatting import BYTES, counted
+from fxcompress.tracing import PartialProgram
 from fxcompress.verification.numerics import Comparison
 
 _DEFAULT = ("eager", "onnxruntime", "openvino")
@@ -31,14 +33,23 @@ def add_to(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace, terminal: Terminal) -> None:
-    """Measures and prints one table per model."""
-    for index, reference in enumerate(options.models):
-        program = traced(loaded(reference, options, terminal), terminal)
-        with terminal.progress(f"measuring {reference}", "rounds") as bar:
-            rows = bench(program, options.engine or _DEFAULT, batch=options.batch, rounds=options.rounds, on_round=bar)
-        if index:
-            terminal.line()
-        _show(f"{reference}, batch {options.batch}, {counted(torch.get_num_threads(), 'thread')}", rows, terminal)
+    """Measures and prints one table per model, or per island of a model that cannot be captured whole."""
+    first = True
+    for reference in options.models:
+        model = traced_or_islands(loaded(reference, options, terminal), terminal)
+        for title, program in parts(reference, model).items():
+            if not first:
+                terminal.line()
+            first = False
+            _measure(title, program, options, terminal)
+        if isinstance(model, PartialProgram):
+            terminal.line(parts_line(model))
+
+
+def _measure(title: str, program: Program, options: argparse.Namespace, terminal: Terminal) -> None:
+    with terminal.progress(f"measuring {title}", "rounds") as bar:
+        rows = bench(program, options.engine or _DEFAULT, batch=options.batch, rounds=options.rounds, on_round=bar)
+    _show(f"{title}, batch {options.batch}, {counted(torch.get_num_threads(), 'thread')}", rows, terminal)
 
 
 def _show(title: str, rows: list[EngineRow], terminal: Terminal) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from fxcompress import digits
 from fxcompress.cli.models import LoadedModel
-from fxcompress.cli.options import MODEL_HELP, add, command, loaded, traced, traced_or_islands
+from fxcompress.cli.options import MODEL_HELP, add, command, loaded, parts_line, traced, traced_or_islands
 from fxcompress.cli.output_folder import output_folder
 from fxcompress.cli.terminal import Terminal
 from fxcompress.compress import Compressed, compress
@@ -81,7 +81,7 @@ def run(options: argparse.Namespace, terminal: Terminal) -> None:
         _show(out.report, terminal)
         terminal.line(_latency_line(before, after))
         if isinstance(out.before, PartialProgram):
-            terminal.line(_parts_line(out.before))
+            terminal.line(parts_line(out.before))
         missing = _write(out, folder, terminal)
         sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
     _show_files(Path(options.output), sizes, missing, terminal)
@@ -151,12 +151,6 @@ def _latency_line(before: Latency, after: Latency) -> str:
         f"\nlatency: {after.speedup_over(before):.2f}x as fast; medians of {len(after.samples)} interleaved rounds, "
         f"± {100 * spread:.0f} %{_BUSY if spread > _TRUSTED_SPREAD else ''}"
     )
-
-
-def _parts_line(partial: PartialProgram) -> str:
-    islands = f"{counted(len(partial.islands), 'island')}: {', '.join(partial.islands)}"
-    left = ", ".join(each.path for each in partial.diagnostics if each.path)
-    return f"\n{islands}\nleft in Python: the code around them{left and f' and in {left}'}"
 
 
 def _show(report: Report, terminal: Terminal) -> None:

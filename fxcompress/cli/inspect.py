@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxcompress.cli.options import MODEL_HELP, add, command, loaded, traced
+from fxcompress.cli.options import MODEL_HELP, add, command, loaded, parts, parts_line, traced_or_islands
 from fxcompress.cli.terminal import Terminal
 from fxcompress.ir.program import Diagnostic, Program
 from fxcompress.report.build import match_layers
 from fxcompress.report.formatting import BYTES, MACS, PARAMS, counted
 from fxcompress.report.rows import Figures, LayerRow
 from fxcompress.report.text import by_depth
+from fxcompress.tracing import PartialProgram
 
 
 def add_to(commands: Any) -> None:
@@ -29,21 +30,33 @@ def add_to(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace, terminal: Terminal) -> None:
-    """Prints the cost table, or the graph."""
-    program = traced(loaded(options.model, options, terminal), terminal)
-    if options.graph:
+    """Prints the cost table, or the graph, of the model or of each of its islands."""
+    model = traced_or_islands(loaded(options.model, options, terminal), terminal)
+    for index, (title, program) in enumerate(parts(options.model, model).items()):
+        if index:
+            terminal.line()
+        if not options.graph:
+            _costs(title, program, options.depth, terminal)
+            continue
+        if isinstance(model, PartialProgram):
+            terminal.heading(title)
         terminal.line(program.text())
-        return
+    if isinstance(model, PartialProgram):
+        terminal.line(parts_line(model))
+        _diagnostics(model.diagnostics, terminal)
+
+
+def _costs(title: str, program: Program, depth: int | None, terminal: Terminal) -> None:
     cost = program.analyze("cost").layers
     rows = list(match_layers(cost, cost))
     total = Figures.of(row.after for row in rows)
     terminal.heading(
-        f"{options.model}: {PARAMS.text(total.params)} params, {MACS.text(total.macs)} MACs, "
+        f"{title}: {PARAMS.text(total.params)} params, {MACS.text(total.macs)} MACs, "
         f"{BYTES.text(total.weight_bytes)} weights"
     )
     terminal.line(_interface(program))
     terminal.line()
-    _layers(rows if options.depth is None else by_depth(rows, options.depth), total, terminal)
+    _layers(rows if depth is None else by_depth(rows, depth), total, terminal)
     _diagnostics(program.diagnostics, terminal)
 
 

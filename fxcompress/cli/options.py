@@ -12,6 +12,7 @@ from fxcompress.cli.terminal import Terminal
 from fxcompress.errors import CaptureError
 from fxcompress.ir.program import Program
 from fxcompress.pipeline.recipes import RECIPES
+from fxcompress.report.formatting import counted
 from fxcompress.tracing import PartialProgram, trace, trace_islands
 
 _OPTIONS: dict[str, dict[str, Any]] = {
@@ -76,3 +77,17 @@ def traced_or_islands(found: LoadedModel, terminal: Terminal) -> Program | Parti
         terminal.note(f"taken in parts: {shorten(str(error).partition(' Remedy:')[0], 200, placeholder=' …')}")
     with terminal.working(f"finding the parts of {found.name} that can be captured"):
         return trace_islands(found.model, found.example_inputs)
+
+
+def parts(name: str, model: Program | PartialProgram) -> dict[str, Program]:
+    """Title -> Program: the whole model, or each of its islands."""
+    if isinstance(model, Program):
+        return {name: model}
+    return {f"{name}, {path}": island for path, island in model.islands.items()}
+
+
+def parts_line(partial: PartialProgram) -> str:
+    """Which parts were captured, and what was left in Python."""
+    islands = f"{counted(len(partial.islands), 'island')}: {', '.join(partial.islands)}"
+    left = ", ".join(each.path for each in partial.diagnostics if each.path)
+    return f"\n{islands}\nleft in Python: the code around them{left and f' and in {left}'}"

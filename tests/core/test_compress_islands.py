@@ -106,13 +106,18 @@ def test_passes_of_all_islands_become_one_row_with_the_largest_error():
     assert [each.path for each in report.diagnostics] == ["a.drop", "b.c.drop"]
 
 
-def test_the_command_line_takes_the_model_in_parts_and_says_so(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def detector_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_detector.py").write_text(
         "import torch\nfrom models import Detector, images\n\n"
         "def build():\n    torch.manual_seed(0)\n    return Detector(), (images((16, 16)),)\n"
     )
-    assert main(["compress", "my_detector.py:build", "-o", "out"]) == 0
+    return "my_detector.py:build"
+
+
+def test_the_command_line_takes_the_model_in_parts_and_says_so(detector_file, tmp_path, capsys):
+    assert main(["compress", detector_file, "-o", "out"]) == 0
     text, notes = capsys.readouterr()
     assert notes.startswith("taken in parts: Detector cannot be captured at ")
     assert "3 islands: backbone, scorer, head\nleft in Python: the code around them\n" in text
@@ -121,3 +126,18 @@ def test_the_command_line_takes_the_model_in_parts_and_says_so(tmp_path, monkeyp
     assert "latency (eager, example inputs)" in {
         each["name"] for each in json.loads((tmp_path / "out" / "report.json").read_text())["measures"]
     }
+
+
+def test_inspect_and_bench_show_each_part(detector_file, capsys):
+    assert main(["inspect", detector_file]) == 0
+    text, notes = capsys.readouterr()
+    assert notes.startswith("taken in parts: Detector cannot be captured at ")
+    headings = [line.partition(":")[0] for line in text.splitlines() if " params, " in line]
+    assert len(headings) == 3
+    assert "3 islands: backbone, scorer, head\nleft in Python: the code around them\n" in text
+    assert main(["inspect", detector_file, "--graph"]) == 0
+    assert f"{detector_file}, backbone" in capsys.readouterr().out
+    assert main(["bench", detector_file, "--engine", "eager", "--rounds", "1"]) == 0
+    text = capsys.readouterr().out
+    for part in ("backbone", "scorer", "head"):
+        assert f"{detector_file}, {part}, batch 1" in text
