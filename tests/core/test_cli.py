@@ -2,6 +2,8 @@
 
 import json
 import runpy
+import signal
+import subprocess
 import sys
 from importlib.metadata import version
 
@@ -208,3 +210,13 @@ def test_the_module_runs_as_a_program(monkeypatch, capsys):
         runpy.run_module("fxcompress", run_name="__main__")
     assert stopped.value.code == 0
     assert capsys.readouterr() == (f"fxcompress {version('fxcompress')}\n", "")
+
+
+def test_ctrl_c_while_libraries_are_imported_shows_no_traceback(tmp_path):
+    (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import fxcompress_launcher as f; f.main()"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"importing\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == b""
+    assert process.returncode == -signal.SIGINT
