@@ -92,7 +92,7 @@ class SelectChannels(Analysis[ChannelPlan]):
         ratio = self._ratio(selection, price)
         removed = selection.removed(ratio)
         removals = tuple(self._removals(candidates, removed, ratio))
-        macs = price.macs(report.removed_mask([])), price.macs(removed)
+        macs = price.whole, price.macs(removed)
         return ChannelPlan(digest(program), removals, tuple(refusals), str(self), macs)
 
     def _ratio(self, selection: Selection, price: Price) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,6 +185,14 @@ def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
     owner.add_module(leaf, module)
 
 
+def overload_of(graph_module: fx.GraphModule, node: fx.Node) -> OpOverload | None:
+    """The overload of the operation that a node performs, ``None`` where :func:`operation` gives none."""
+    if node.op == "call_function" and isinstance(node.target, OpOverload):
+        return node.target
+    layer = layer_of(get_module(graph_module, str(node.target))) if node.op == "call_module" else None
+    return None if layer is None else layer.overload
+
+
 def operation(graph_module: fx.GraphModule, node: fx.Node) -> Operation | None:
     """The operation a node performs, or ``None`` for inputs, outputs, state reads and Python-level nodes."""
     if node.op == "call_function" and isinstance(node.target, OpOverload):
@@ -216,9 +224,10 @@ def _operand(overload: OpOverload) -> str:
     return "indices" if overload is aten.embedding.default else argument_names(overload)[0]
 
 
-def operations(graph_module: fx.GraphModule) -> Iterator[Operation]:
-    """Every operation of a graph in execution order."""
+def operations(graph_module: fx.GraphModule, overloads: Container[OpOverload] | None = None) -> Iterator[Operation]:
+    """Every operation of a graph in execution order, or those of some overloads."""
     for node in graph_module.graph.nodes:
-        found = operation(graph_module, node)
-        if found is not None:
-            yield found
+        if overloads is None or overload_of(graph_module, node) in overloads:
+            found = operation(graph_module, node)
+            if found is not None:
+                yield found

@@ -23,9 +23,11 @@ _DERIVED_META = frozenset({"val", "tensor_meta"})
 
 _PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype})
 
-_Module = tuple[type[nn.Module], Mapping[str, Any], frozenset[str]]
+_Module = tuple[type[nn.Module], frozenset[str], tuple[str, ...], tuple[Any, ...]]
+"""Type, buffers that are not saved, names of attributes, their values."""
 
-_Node = tuple[str, Any, tuple[Any, ...], Mapping[str, Any], Mapping[str, Any]]
+_Node = tuple[tuple[str, Any, tuple[Any, ...], Mapping[str, Any]], Mapping[str, Any]]
+"""Operator, target and arguments; metadata."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,17 +59,16 @@ def fingerprint(program: Program) -> Fingerprint:
     kept: list[torch.Tensor] = []
     pending: list[tuple[str, nn.Module]] = [("", program.graph_module)]
     for path, module in pending:
-        kind, attributes = (
-            (type(module), _attributes(module)) if path else (nn.Module, {})
-        )  # the root's are its graph's
-        modules[path] = (kind, attributes, frozenset(module._non_persistent_buffers_set))
+        names, values = _attributes(module) if path else ((), ())  # the root's are its graph's
+        kind = type(module) if path else nn.Module
+        modules[path] = (kind, frozenset(module._non_persistent_buffers_set), names, values)
         prefix = f"{path}." if path else ""
         for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
                 kept.append(tensor)
                 tensors[prefix + leaf] = (id(tensor), _version(tensor), type(tensor), tensor.requires_grad)
         pending += [(prefix + name, child) for name, child in module._modules.items() if child is not None]
-    nodes = {node.name: (node.op, node.target, node.args, node.kwargs, dict(node.meta)) for node in program.nodes}
+    nodes = {n.name: ((n.op, n.target, n.args, n.kwargs), n.meta.copy()) for n in program.nodes}
     return Fingerprint(program.interface, modules, tensors, nodes, tuple(kept))
 
 
@@ -97,19 +98,17 @@ def _difference(
 
 
 def _same_module(a: _Module, b: _Module) -> bool:
-    (kind, attributes, passing), (other_kind, other_attributes, other_passing) = a, b
-    known = kind is other_kind and passing == other_passing and list(attributes) == list(other_attributes)
-    return known and all(map(_same_value, attributes.values(), other_attributes.values()))
-
-
-def _same_value(a: Any, b: Any) -> bool:
-    return a is b or bool(_freeze(a) == _freeze(b))
+    return a[:3] == b[:3] and _same_values(a[3], b[3])
 
 
 def _same_node(a: _Node, b: _Node) -> bool:
-    *call, meta = a
-    *other_call, other_meta = b
-    return all(map(_same_value, call, other_call)) and _same_meta(meta, other_meta)
+    return _same_values(a[0], b[0]) and _same_meta(a[1], b[1])
+
+
+def _same_values(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    return all(map(operator.is_, a, b)) or all(
+        _freeze(x) == _freeze(y) for x, y in zip(a, b, strict=True) if x is not y
+    )
 
 
 def _same_meta(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
@@ -150,15 +149,20 @@ def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    return {name: _snapshot(value) for name, value in vars(module).items() if name[0] != "_"}
+def _attributes(module: nn.Module) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    held = vars(module)
+    names = _public(tuple(held))
+    return names, tuple([value if type(value) in _PLAIN else _snapshot(value) for value in map(held.get, names)])
+
+
+@functools.lru_cache(maxsize=1024)
+def _public(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in names if name[0] != "_")
 
 
 def _snapshot(value: Any) -> Any:
     """What cannot be written into as it is, all else taken apart."""
-    if type(value) in _PLAIN or (type(value) is tuple and _PLAIN.issuperset(map(type, value))):
-        return value
-    return _freeze(value)
+    return value if type(value) is tuple and _PLAIN.issuperset(map(type, value)) else _freeze(value)
 
 
 @functools.singledispatch

@@ -60,7 +60,10 @@ class Elements:
 
     def of(self, factor: Factor) -> Array:
         """The units that a factor's elements carry, in as few columns as they need."""
-        place = self._places[factor]
+        return self.at(self._places[factor])
+
+    def at(self, place: int) -> Array:
+        """The units that the elements of an array carry, in as few columns as they need."""
         if place not in self._compact:
             self._compact[place] = compact(self.array(place))
         return self._compact[place]

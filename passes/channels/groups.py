@@ -178,46 +178,59 @@ def _groups(program: Program, units: Units, elements: Elements, state: Mapping[s
     signature = np.zeros(units.count + 1, np.uint64)
     useful = np.zeros(units.count + 1, np.bool_)
     level = np.zeros(units.count + 1, np.int64)
-    for (member, own), code in zip(members, codes[levels:], strict=True):
-        signature[own] += code  # once a unit, however often it occurs
-        if member.state in trainable:
+    for place, inside in _by_place(members).items():
+        own = elements.at(place)
+        signature[own] += codes[[levels + number for number in inside]].sum()  # once a unit, however often it occurs
+        if any(members[number][0].state in trainable for number in inside):
             useful[own] = True
         _mark_levels(own, level)
     useful[NONE] = False
     found = np.flatnonzero(useful)
     if len(found):
-        yield from _grouped(members, found, signature[found] + codes[level[found]], level)
+        yield from _grouped(elements, members, found, signature[found] + codes[level[found]], level)
 
 
 def _grouped(
-    members: list[tuple[Member, Array]], units: Array, signatures: npt.NDArray[np.uint64], level: Array
+    elements: Elements,
+    members: list[tuple[Member, int]],
+    units: Array,
+    signatures: npt.NDArray[np.uint64],
+    level: Array,
 ) -> Iterator[ChannelGroup]:
     """Groups of the units of one signature, in the order of their members."""
     _, first, number = np.unique(signatures, return_index=True, return_inverse=True)
     inside = np.split(units[np.argsort(number, kind="stable")], np.cumsum(np.bincount(number))[:-1])
     represented = np.full(len(level), NONE)
     represented[units[first]] = np.arange(len(first))
-    places: list[list[int]] = [[] for _ in first]
-    for place, (_, own) in enumerate(members):
-        groups = represented[own]
+    of_group: list[list[int]] = [[] for _ in first]
+    for place, numbers in _by_place(members).items():
+        groups = represented[elements.at(place)]
         for group in set(groups[groups != NONE].tolist()):
-            places[group].append(place)
-    for at, own in sorted(zip(places, inside, strict=True), key=lambda entry: (entry[0][0], entry[1][0])):
-        yield ChannelGroup(own, tuple(members[place][0] for place in at), _FACTORS[min(level[own[0]], 2)])
+            of_group[group] += numbers
+    ordered = sorted(zip(map(sorted, of_group), inside, strict=True), key=lambda entry: (entry[0][0], entry[1][0]))
+    for numbers, own in ordered:
+        yield ChannelGroup(own, tuple(members[each][0] for each in numbers), _FACTORS[min(level[own[0]], 2)])
 
 
-def _members(elements: Elements, state: Mapping[str, Layout]) -> list[tuple[Member, Array]]:
-    """The dims of parameters and buffers that have removable elements, tensors with several names once."""
+def _members(elements: Elements, state: Mapping[str, Layout]) -> list[tuple[Member, int]]:
+    """The dims of parameters and buffers that have removable elements, each with its array; tied tensors once."""
     found = []
     seen: set[int] = set()
     for name, layout in state.items():
         if id(layout) not in seen:
             seen.add(id(layout))
             for dim, factors in enumerate(layout):
-                for factor in factors:
-                    own = elements.of(factor)
-                    if own.shape[1]:
-                        found.append((Member(name, dim), own))
+                for place in map(elements.place, factors):
+                    if place is not None and elements.at(place).shape[1]:
+                        found.append((Member(name, dim), place))
+    return found
+
+
+def _by_place(members: list[tuple[Member, int]]) -> dict[int, list[int]]:
+    """Array -> the numbers of the members that are made of it: many dims share one, and are looked at together."""
+    found: dict[int, list[int]] = {}
+    for number, (_, place) in enumerate(members):
+        found.setdefault(place, []).append(number)
     return found
 
 

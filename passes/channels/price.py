@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,8 +28,10 @@ class _Tensor:
     shape: Shape
     layout: Layout | None
 
-    def after(self, survivors: Survivors) -> Shape:
-        return self.shape if self.layout is None else tuple(map(survivors.shrunk, self.shape, self.layout))
+    def after(self, survivors: Survivors | None) -> Shape:
+        if survivors is None or self.layout is None:
+            return self.shape
+        return tuple(map(survivors.shrunk, self.shape, self.layout))
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +43,7 @@ class _Call:
     tensors: Mapping[str, _Tensor | list[_Tensor]]
     output: _Tensor
 
-    def macs(self, survivors: Survivors) -> int:
+    def macs(self, survivors: Survivors | None) -> int:
         shapes = {
             name: [each.after(survivors) for each in value] if isinstance(value, list) else value.after(survivors)
             for name, value in self.tensors.items()
@@ -59,7 +62,12 @@ class Price:
     def __init__(self, program: Program, report: ChannelReport) -> None:
         self._report = report
         self._sizes = ExampleSizes(program)
-        self._calls = [self._call(call) for call in operations(program.graph_module) if call.overload in RULES]
+        self._calls = [self._call(call) for call in operations(program.graph_module, RULES)]
+
+    @cached_property
+    def whole(self) -> int:
+        """The MACs before anything is removed."""
+        return sum(call.macs(None) for call in self._calls)
 
     def macs(self, removed: Mask) -> int:
         """The MACs that stay."""
@@ -68,7 +76,7 @@ class Price:
 
     def saved(self, unit: int) -> int:
         """The MACs that go with a unit alone."""
-        return self.macs(self._report.removed_mask([])) - self.macs(self._report.removed_mask([unit]))
+        return self.whole - self.macs(self._report.removed_mask([unit]))
 
     def _call(self, call: Operation) -> _Call:
         plain, tensors = {}, {}

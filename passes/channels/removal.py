@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+import math
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import fx, nn
 from fxcompress.ir.dead_code import drop_unread_state, eliminate_dead
 from fxcompress.ir.fake import resized, symbolic
 from fxcompress.ir.layers import described
-from fxcompress.ir.ops import get_module, get_state, operation, replace_states
+from fxcompress.ir.ops import get_module, get_state, operation, overload_of, replace_states
 from fxcompress.ir.program import Program
 
 aten = torch.ops.aten
@@ -43,9 +44,10 @@ def remove(program: Program, report: ChannelReport, removed: Mask) -> None:
         if node.name in report.permutations:
             _permute(root, node, report, survivors)
         elif node.name in report.layouts:
-            call = operation(root, node)
-            change = None if call is None else rewrite_of(call.overload)
-            if call is not None and change is not None:
+            overload = overload_of(root, node)
+            change = None if overload is None else rewrite_of(overload)
+            call = None if change is None else operation(root, node)
+            if change is not None and call is not None:
                 change(Edit(call, report, survivors, root))
     replace_states(root, dict(_sliced_state(root, report, survivors)))
     values = _Values(survivors)
@@ -67,19 +69,38 @@ def _restate(module: nn.Module) -> None:
 def _sliced_state(
     root: fx.GraphModule, report: ChannelReport, survivors: Survivors
 ) -> Iterator[tuple[int, torch.Tensor]]:
+    buffer = _Buffer()
     for name, layout in report.state.items():
         if survivors.shrinks(*layout):
             tensor = get_state(root, name)
-            yield id(tensor), sliced(tensor, [survivors.dim(dim) for dim in layout])
+            yield id(tensor), sliced(tensor, [survivors.dim(dim) for dim in layout], buffer)
 
 
-def sliced(tensor: torch.Tensor, masks: list[Mask | None]) -> torch.Tensor:
+class _Buffer:
+    """Room for what is between two slices of a tensor: memory that was written before is faster than new."""
+
+    def __init__(self) -> None:
+        self._room: dict[Hashable, torch.Tensor] = {}
+
+    def of(self, like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        """A tensor of a shape, with any values, until the next one is asked for."""
+        size, kind = math.prod(shape), (like.dtype, like.device)
+        if kind not in self._room or self._room[kind].numel() < size:
+            self._room[kind] = like.new_empty(size)
+        return self._room[kind][:size].view(shape)
+
+
+def sliced(tensor: torch.Tensor, masks: list[Mask | None], buffer: _Buffer) -> torch.Tensor:
     """A new tensor with what the masks keep of each dim; a parameter stays one."""
     kept = tensor.detach()
-    for dim, mask in enumerate(masks):
-        if mask is not None:
-            index = torch.from_numpy(np.flatnonzero(mask)).to(tensor.device)
-            kept = kept.index_select(dim, index)
+    indices = {dim: torch.from_numpy(np.flatnonzero(mask)) for dim, mask in enumerate(masks) if mask is not None}
+    for turn, (dim, index) in enumerate(indices.items(), start=1):
+        there = index.to(tensor.device)
+        if turn == 1 < len(indices):
+            between = buffer.of(kept, (*kept.shape[:dim], len(index), *kept.shape[dim + 1 :]))
+            kept = torch.index_select(kept, dim, there, out=between)
+        else:
+            kept = kept.index_select(dim, there)
     return nn.Parameter(kept, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else kept
 
 

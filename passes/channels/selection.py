@@ -51,8 +51,7 @@ class Selection:
         Raises:
             InputError: No ratio leaves so few.
         """
-        whole = price.macs(self._report.removed_mask([]))
-        least = price.macs(self.removed(1.0))
+        whole, least = price.whole, price.macs(self.removed(1.0))
         if least > share * whole:
             raise InputError(
                 f"macs={share:g} cannot be reached: with as little of each group as is allowed, "

@@ -47,6 +47,7 @@ class Units:
         self._single = np.array([False])  # whether a root is free and whole
         self._parts = np.empty((0, 2), np.int64)
         self._divided = 0
+        self._known_single: Array | None = None  # until an equation changes what arrays carry
 
     def fresh(self, count: int) -> Array:
         """An array of ``count`` elements with one new unit each."""
@@ -70,6 +71,7 @@ class Units:
         roots = self._expand(array)
         self._frozen_by[roots[self._frozen_by[roots] == _FREE]] = cause
         self._single[roots] = False
+        self._known_single = None
 
     def cause(self, array: Array) -> Array:
         """For each element the cause that froze one of its units, -1 where none did."""
@@ -83,7 +85,12 @@ class Units:
 
     def are_single(self, array: Array) -> bool:
         """Whether each element carries one unit that can be removed."""
-        return array.shape[1] == 1 and bool(self._single[self._roots(array)].all())
+        if array is self._known_single:
+            return True
+        found = array.shape[1] == 1 and bool(self._single[self._roots(array)].all())
+        if found:
+            self._known_single = array
+        return found
 
     def removable(self, carried: Array) -> Array:
         """What the elements carry that does not stay for good."""
@@ -230,6 +237,7 @@ class Units:
         self._parts[first : self._divided, : rows.shape[1]] = rows
         self._parts_row[units] = np.arange(first, self._divided)
         self._single[units] = False
+        self._known_single = None
 
     def _collapse(self, a: Array, b: Array) -> None:
         """The equation that is always right: all units of a row are one."""

@@ -71,7 +71,7 @@ def slicing(change):
 
     def plant(patch):
         right = removal.sliced
-        patch.setattr(removal, "sliced", lambda tensor, masks: right(tensor, change(tensor, masks)))
+        patch.setattr(removal, "sliced", lambda tensor, masks, *room: right(tensor, change(tensor, masks), *room))
 
     return plant
 

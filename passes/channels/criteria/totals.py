@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Scores = npt.NDArray[np.float64]
 Each = Callable[..., torch.Tensor]
 
-_PIECE = 1 << 17
+_PIECE = 1 << 18
 """Weights that fit in a cache together with what is computed from them."""
 
 
@@ -108,11 +108,11 @@ def marginals(each: Each, dims: Iterable[int], *tensors: torch.Tensor) -> dict[i
     size, wanted = math.prod(rest), set(dims)
     step = max(1, _PIECE // max(1, size))
     single = torch.promote_types(tensors[0].dtype, torch.float32)
+    matrices = [tensor.detach().reshape(count, size) for tensor in tensors]
     first, others = np.zeros(count), np.zeros(size)
     for top in range(0, count, step):
         rows = slice(top, top + step)
-        values = each(*(tensor.detach()[rows].to(single) for tensor in tensors))
-        values = values.reshape(len(values), size)
+        values = each(*(matrix[rows].to(single) for matrix in matrices))
         if 0 in wanted:
             first[rows] = values.sum(1).cpu().numpy()
         if wanted - {0}:

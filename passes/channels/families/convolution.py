@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from fxcompress.passes.channels.layout import Dim, Layout, position
-from fxcompress.passes.channels.rules import Call, replaced, rule
+from fxcompress.passes.channels.layout import Dim, Layout
+from fxcompress.passes.channels.rules import Call, rule
 
 aten = torch.ops.aten
 
@@ -12,8 +12,7 @@ aten = torch.ops.aten
 def _result(call: Call, x: Layout, channels: Dim, spatial: int) -> Layout:
     """The result has its channels, and places where the operand has places."""
     call.keep(*x[len(x) - spatial :])
-    places = {index: position(call.shape[index]) for index in range(len(x) - spatial, len(x))}
-    return replaced(x, {len(x) - spatial - 1: channels, **places})
+    return (*x[: len(x) - spatial - 1], channels, *call.positions()[len(x) - spatial :])
 
 
 @rule(
