@@ -29,7 +29,7 @@ def with_integer_weights(module: fx.GraphModule) -> fx.GraphModule:
     twins = {node.name: node for node in made.graph.nodes}
     names: dict[tuple[object, ...], str] = {}
     for node in rounded:
-        key = (node.target, *(str(x.target) if isinstance(x, fx.Node) else x for x in node.args))
+        key = (node.target, *(id(get_state(made, str(x.target))) if isinstance(x, fx.Node) else x for x in node.args))
         if key not in names:
             names[key] = _hold(made, node)
         twin = twins[node.name]

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from fxcompress.engines.names import Names, Run, RunPieces, pieces_of
+from fxcompress.engines.onnx_blocks import blocked_options, pack_blocks
 from fxcompress.engines.reexport import reexport
 from fxcompress.errors import ArtifactError
 from fxcompress.ir.program import Interface
@@ -52,12 +53,14 @@ def write_onnx(module: nn.Module, interface: Interface, path: Path, names: Names
                 verbose=False,
                 input_names=names.inputs,
                 output_names=names.outputs,
+                **blocked_options(exported),
             )
         except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
             raise ArtifactError(_explain(error)) from error
     assert program is not None
     model = program.model_proto
     _name_dims(model, names)
+    pack_blocks(model)
     onnx.save(model, path)
 
 
