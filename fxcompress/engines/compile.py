@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,19 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fxcompress.engines.export import export, tensor_names
 from fxcompress.engines.formats import FORMATS
+from fxcompress.engines.latency import measure
 from fxcompress.engines.names import Run
-from fxcompress.errors import ArtifactError, InputError, did_you_mean
+from fxcompress.errors import ArtifactError, FxCompressError, InputError, did_you_mean
 from fxcompress.ir.emit import INTERFACE
 from fxcompress.ir.program import Interface, Program
 from fxcompress.tracing import trace
 from fxcompress.tracing.inputs import flatten_call
+
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"
+_MEASURED = ("eager", "onnxruntime", "openvino")
+_ROUNDS, _BUDGET_S = 15, 3.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,12 +40,14 @@ class CompiledModel:
         interface: How it is called, with the example inputs.
         size: Bytes of the file that the engine reads; of the weights, where it reads none.
         call: What is called.
+        measured: With ``engine="auto"``: engine -> its latency, or why it does not run.
     """
 
     engine: str
     interface: Interface = field(repr=False)
     size: int
     call: Callable[..., Any] = field(repr=False)
+    measured: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
@@ -51,7 +62,9 @@ def compile(
     Args:
         model: A Program, a module that a Program emitted, or any other module with its example inputs. The result keeps
             its weights of now (``eager`` and ``inductor`` share them).
-        engine: ``eager``, ``inductor``, ``onnxruntime`` or ``openvino``; the last two run on the CPU.
+        engine: ``eager``, ``inductor``, ``onnxruntime`` or ``openvino``; the last two run on the CPU. ``auto`` measures
+            all but ``inductor``, which may compile for minutes, on the example inputs and takes the fastest of those
+            that compute what the model computes.
         example_inputs: As for :func:`fxcompress.trace`, where the model does not carry its own.
 
     Raises:
@@ -61,17 +74,42 @@ def compile(
         ArtifactError: If the engine cannot take the model.
         VerificationError: If the engine computes something else.
     """
-    check_engine(engine)
+    if engine != AUTO:
+        check_engine(engine)
     module = _emitted(model, example_inputs)
+    return _fastest(module) if engine == AUTO else _compiled(module, engine)
+
+
+def _compiled(module: fx.GraphModule, engine: str) -> CompiledModel:
     interface: Interface = module.meta[INTERFACE]
     call, size = ENGINES[engine](module, interface)
     return CompiledModel(engine, interface, size, call)
 
 
+def _fastest(module: fx.GraphModule) -> CompiledModel:
+    """The fastest of the engines that run a module; what was measured is kept and logged."""
+    candidates: dict[str, CompiledModel] = {}
+    measured: dict[str, str] = {}
+    for engine in _MEASURED:
+        logger.info("preparing %s", engine)
+        try:
+            candidates[engine] = _compiled(module, engine)
+        except FxCompressError as error:
+            measured[engine] = str(error)
+    interface: Interface = module.meta[INTERFACE]
+    calls = {engine: partial(found, *interface.args, **interface.kwargs) for engine, found in candidates.items()}
+    latency = measure(calls, rounds=_ROUNDS, budget=_BUDGET_S)
+    measured = {**{engine: str(found) for engine, found in latency.items()}, **measured}
+    for engine, found in measured.items():
+        logger.info("%s: %s", engine, found)
+    fastest = min(latency, key=lambda engine: latency[engine].median)
+    return replace(candidates[fastest], measured=measured)
+
+
 def check_engine(name: str) -> None:
     """Raises :class:`InputError` with near names if there is no such engine."""
     if name not in ENGINES:
-        near = did_you_mean(name, ENGINES) or f"; engines: {', '.join(ENGINES)}"
+        near = did_you_mean(name, [*ENGINES, AUTO]) or f"; engines: {', '.join([*ENGINES, AUTO])}"
         raise InputError(f"there is no engine {name!r}{near}")
 
 

@@ -1,4 +1,6 @@
+import importlib
 import sys
+import time
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ from toys import toy_program
 import fxcompress as fxc
 from fxcompress.engines.bench import bench
 from fxcompress.engines.latency import Latency
+
+compile_module = importlib.import_module("fxcompress.engines.compile")
 
 
 class TwoWays(nn.Module):
@@ -71,6 +75,27 @@ def test_a_module_without_inputs_and_an_unknown_engine(model, program):
         fxc.compile(model, "eager")
     with pytest.raises(fxc.InputError, match="no engine 'onnxruntme'; did you mean 'onnxruntime'"):
         fxc.compile(program, "onnxruntme")
+
+
+def test_auto_takes_the_fastest_and_says_what_it_measured(program, model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.setitem(compile_module.ENGINES, "onnxruntime", slow)  # type: ignore[arg-type]
+    fast = fxc.compile(program, "auto")
+    assert fast.engine == "eager"
+    assert list(fast.measured) == ["eager", "onnxruntime", "openvino"]
+    assert " ms ± " in fast.measured["onnxruntime"]
+    assert 'pip install "fxcompress[openvino]"' in fast.measured["openvino"]
+    assert "measured={'eager': " in repr(fast)
+    x, scale = torch.randn(5, 6), torch.rand(5, 4)
+    torch.testing.assert_close(fast(x=x, scale=scale)["sum"], model(x, scale)["sum"])
+
+
+def slow(module, interface):
+    def call(*args, **kwargs):
+        time.sleep(0.02)
+        return module(*args, **kwargs)
+
+    return call, 1
 
 
 def test_bench_gives_speed_beside_fidelity():
