@@ -108,18 +108,18 @@ class QuantizeWeights(Transform):
             if self.group_size:
                 grid = (-largest, largest, torch.int8, self.group_size)
                 integers = call(quantized.quantize_per_channel_group.default, (weight, scale, zero_point, *grid))
-                given = (integers, scale, None, *grid, torch.float32)
-                real = call(quantized.dequantize_per_channel_group.default, given)
+                blocks = (integers, scale, None, *grid, torch.float32)
+                real = call(quantized.dequantize_per_channel_group.default, blocks)
             else:
-                given = (scale, zero_point, axis, -largest, largest, torch.int8)
-                integers = call(quantized.quantize_per_channel.default, (weight, *given))
-                real = call(quantized.dequantize_per_channel.default, (integers, *given))
+                channels = (scale, zero_point, axis, -largest, largest, torch.int8)
+                integers = call(quantized.quantize_per_channel.default, (weight, *channels))
+                real = call(quantized.dequantize_per_channel.default, (integers, *channels))
         reader.update_arg(position, real)
 
     def _scales(self, weight: torch.Tensor, axis: int, largest: int) -> torch.Tensor:
         """One scale for each channel, or (channels, groups); 1 where all is zero."""
         rows = weight.transpose(0, axis).flatten(1)
-        parts = rows.unflatten(1, (-1, self.group_size)) if self.group_size else rows
+        parts = rows.reshape(len(rows), -1, self.group_size) if self.group_size else rows
         scales = parts.abs().amax(-1) / largest
         return torch.where(scales < SMALLEST, 1.0, scales)
 
