@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from fxcompress.passes.quantization.grid import Grid, QuantizationParameters, Range
+from fxcompress.passes.quantization.grid import QuantizationParameters, Range
 from fxcompress.passes.quantization.nodes import QUANTIZED, quantize_dequantize, quantized
 from fxcompress.passes.quantization.placement import Placement, Point
+from fxcompress.passes.quantization.rewrites import ATTENTION, flatten_rows, split_attention
 from fxcompress.passes.quantization.targets import Target, target_of
 from fxcompress.passes.quantization.weights import channel_scales, quantize_weight
 from fxcompress.passes.ranges import Ranges
@@ -22,12 +23,14 @@ from torch import fx
 
 from fxcompress.analysis import analyze
 from fxcompress.ir.lowering import lowered
-from fxcompress.ir.ops import operation, operations
+from fxcompress.ir.ops import Operation, operation, operations
 from fxcompress.ir.program import Program
 from fxcompress.ir.weighted import weighted_layer
 from fxcompress.pass_base import Guarantee, PassResult, Refusal, Transform
 from fxcompress.task import Task
 from fxcompress.tracing.raising import called_path
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -66,22 +69,24 @@ class InsertQdq(Transform):
             return PassResult(changed=False, statistics={"layers": 0, "activations": 0})
         refusals = {refusal.node: refusal for refusal in _objections(root, target)}
         floating = {node for node in program.nodes if node.name in refusals or self._skips(node)}
+        rewritten = _write_for(target, [call for call in operations(root) if call.node not in floating])
         points = Placement(root, target, floating).points()
         if not points:
-            return PassResult(False, tuple(refusals.values()), {"layers": 0, "activations": 0})
-        analysis = Ranges(self.observer, self.batches, self.least, symmetric=target.symmetric)
+            return PassResult(rewritten, tuple(refusals.values()), {"layers": 0, "activations": 0})
+        analysis = Ranges(self.observer, self.batches, self.least, symmetric=target.grid.symmetric)
         ranges = analyze(program, analysis, task).ranges
         while unbounded := [point for point in points if not ranges[point.source.name].finite]:
             refused = {reader: point.source for point in unbounded for reader in point.readers}
             refusals.update({reader.name: _unbounded(reader, source) for reader, source in refused.items()})
             points = Placement(root, target, floating := floating | refused.keys()).points()
-        grid = Grid(symmetric=target.symmetric)
-        for point, parameters in zip(points, _parameters(points, ranges, grid), strict=True):
+        for point, parameters in zip(points, _parameters(points, ranges), strict=True):
             integers = quantize_dequantize(point.source, parameters)
             for reader in point.readers:
                 reader.replace_input_with(point.source, integers)
         layers = sum(_quantize_layer(root, node, target) for node in list(program.nodes) if node not in floating)
-        return PassResult(bool(points), tuple(refusals.values()), {"layers": layers, "activations": len(points)})
+        return PassResult(
+            rewritten or bool(points), tuple(refusals.values()), {"layers": layers, "activations": len(points)}
+        )
 
     def _skips(self, node: fx.Node) -> bool:
         names = (node.name, str(node.target)) if node.op == "call_module" else (node.name, called_path(node))
@@ -108,13 +113,24 @@ def _unbounded(reader: fx.Node, source: fx.Node) -> Refusal:
     return Refusal("unbounded-range", reader.name, reason)
 
 
-def _parameters(points: list[Point], ranges: Mapping[str, Range], grid: Grid) -> list[QuantizationParameters]:
+def _write_for(target: Target, calls: list[Operation]) -> bool:
+    """Writes operators the way the target looks for them; tells whether any changed."""
+    done = False
+    for call in calls:
+        if target.splits_attention and call.overload is ATTENTION:
+            done |= split_attention(call)
+        elif target.flattens_rows and call.overload is aten.linear.default:
+            done |= flatten_rows(call)
+    return done
+
+
+def _parameters(points: list[Point], ranges: Mapping[str, Range]) -> list[QuantizationParameters]:
     """Scale and zero point of each point; those that share them cover the ranges of all."""
     united: dict[int, Range] = {}
     for point in points:
         found = ranges[point.source.name]
         united[point.sharing] = united.get(point.sharing, found).united(found)
-    return [grid.parameters(united[point.sharing]) for point in points]
+    return [point.grid.parameters(united[point.sharing]) for point in points]
 
 
 def _quantize_layer(root: fx.GraphModule, node: fx.Node, target: Target) -> bool:

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten
 
 from fxcompress.engines.names import Names, Run, RunPieces
 from fxcompress.engines.onnx_format import onnx_pieces, open_onnx, write_onnx
+from fxcompress.engines.onnx_integers import round_biases
 from fxcompress.engines.openvino_format import open_openvino, openvino_pieces, write_openvino
 from fxcompress.engines.reexport import reexport
 from fxcompress.errors import InputError
@@ -63,6 +64,11 @@ def _open_pt2(path: Path, names: Names) -> Run:
     return run
 
 
+def _write_onnxruntime(module: nn.Module, interface: Interface, path: Path, names: Names) -> None:
+    write_onnx(module, interface, path, names)
+    round_biases(path)
+
+
 _NOT_IN_NUMPY = frozenset({torch.bfloat16})
 
 FORMATS: Mapping[str, Format] = {
@@ -70,7 +76,7 @@ FORMATS: Mapping[str, Format] = {
         "Export to ONNX",
         "onnx",
         ("onnx", "onnxscript", "onnxruntime"),
-        write_onnx,
+        _write_onnxruntime,
         open_onnx,
         onnx_pieces,
         _NOT_IN_NUMPY,

@@ -12,6 +12,7 @@ from torch import nn
 
 from fxcompress.engines.names import Names, Run, RunPieces, pieces_of
 from fxcompress.engines.onnx_format import write_onnx
+from fxcompress.engines.onnx_integers import drop_zero_points
 from fxcompress.ir.program import Interface
 
 
@@ -22,6 +23,7 @@ def write_openvino(module: nn.Module, interface: Interface, path: Path, names: N
     with tempfile.TemporaryDirectory() as folder:
         onnx_file = Path(folder) / "model.onnx"
         write_onnx(module, interface, onnx_file, names)
+        drop_zero_points(onnx_file)
         model = openvino.convert_model(onnx_file)
         openvino.save_model(model, path, compress_to_fp16=False)
 

@@ -72,11 +72,13 @@ class Grid:
     Attributes:
         bits: How many bits an integer has.
         symmetric: Whether 0 is the middle of a range with both signs; then values that are never negative become
-            unsigned integers, others signed ones. Else all become unsigned integers with any zero point.
+            unsigned integers, others signed ones. Else any zero point may be.
+        signed: Whether integers with any zero point are signed ones.
     """
 
     bits: int = 8
     symmetric: bool = False
+    signed: bool = False
 
     def parameters(self, found: Range) -> QuantizationParameters:
         """Scale and zero point for a range, widened so that it holds 0."""
@@ -88,7 +90,9 @@ class Grid:
             return QuantizationParameters(scale, 0, -half, half - 1, torch.int8)
         scale = _usable((high - low) / steps)
         zero_point = min(max(round(-low / scale), 0), steps)
-        return QuantizationParameters(scale, zero_point, 0, steps, torch.uint8)
+        least = -(2 ** (self.bits - 1)) if self.signed and not self.symmetric else 0
+        dtype = torch.int8 if least else torch.uint8
+        return QuantizationParameters(scale, zero_point + least, least, steps + least, dtype)
 
 
 def _usable(scale: float) -> float:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import networkx as nx
 import torch
+from fxcompress.passes.quantization.grid import Grid
 from fxcompress.passes.quantization.targets import Target
 from torch import fx
 
@@ -26,11 +27,13 @@ class Point:
         source: The node that computes it.
         readers: The nodes that read the integers; others read the value as it was.
         sharing: Number of the set of points that have one scale and zero point.
+        grid: The integers that it becomes.
     """
 
     source: fx.Node
     readers: tuple[fx.Node, ...]
     sharing: int
+    grid: Grid
 
 
 class Placement:
@@ -61,7 +64,13 @@ class Placement:
         if self._target.closed:
             self._close(readers, sharing)
         sets = {node: index for index, found in enumerate(nx.connected_components(sharing)) for node in found}
-        return [Point(node, readers[node], sets[node]) for node in reversed(self._wishes) if node in readers]
+        factors = {sets[origin] for factor in self._factors() for origin in self._origins(factor) if origin in sets}
+        grids = {number: self._target.factor if number in factors else self._target.grid for number in sets.values()}
+        return [
+            Point(node, readers[node], sets[node], grids[sets[node]])
+            for node in reversed(self._wishes)
+            if node in readers
+        ]
 
     def _wants(self, user: fx.Node, source: fx.Node) -> bool:
         """Whether a reader takes a value as integers."""
@@ -69,11 +78,24 @@ class Placement:
         if call is None:
             return False
         named = {name for name, operand in call.operands.items() if operand is source}
-        if named & set(self._target.layers.get(call.overload, ())):
-            return True
+        if named & set(self._target.reads(call.overload)):
+            return self._computes(call)
         if named & set(self._target.carriers.get(call.overload, ())):
-            return all(map(_is_float, call.operands.values())) and self._complete(self._result(user))
+            return self._computes(call) and self._complete(self._result(user))
         return self._passes(user)
+
+    def _computes(self, call: Operation) -> bool:
+        """Whether all that an operator reads as integers is computed; the weight of a layer becomes integers apart."""
+        names = self._target.reads(call.overload) or self._target.carriers[call.overload]
+        operands = [call.operands.get(name) for name in names]
+        return all(operand is not None and _is_float(operand) for operand in operands)
+
+    def _factors(self) -> Iterator[fx.Node]:
+        """The second factors of products."""
+        for call in self._calls.values():
+            names = self._target.products.get(call.overload)
+            if names is not None and self._computes(call):
+                yield call.operands[names[1]]
 
     def _passes(self, node: fx.Node) -> bool:
         """Whether a node hands integers on as they are."""
@@ -112,19 +134,16 @@ class Placement:
     def _close(self, readers: dict[fx.Node, tuple[fx.Node, ...]], sharing: nx.Graph[fx.Node]) -> None:
         """Adds what a target needs whose integer kernels give integers: points after them, for all readers."""
         through = self._target.views | self._target.joins
-        for node in list(readers):
-            readers[node] = tuple(node.users)
         for node in reversed(self._wishes):
             call = self._calls.get(node)
             if call is None or not node.users:
                 continue
             sources = [source for source in node.all_input_nodes if _is_float(source)]
-            given = bool(sources) and all(source in readers for source in sources)
-            if not given:
+            if not sources or any(node not in readers.get(source, ()) for source in sources):
                 continue
-            result = self._result(node)
-            if call.overload in self._target.layers or call.overload in self._target.carriers:
-                readers.setdefault(result, tuple(result.users))
+            if call.overload in self._target.closed:
+                result = self._result(node)
+                readers[result] = tuple(result.users)
                 sharing.add_node(result)
             elif call.overload in through:
                 readers[node] = tuple(node.users)

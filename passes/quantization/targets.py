@@ -2,20 +2,24 @@
 
 An engine has an integer kernel for an operator only in a certain surrounding, and only what is written the way it looks
 for is found. A profile says which operands an operator may read as integers, what passes integers through as they are,
-and what must agree; :mod:`fxcompress.passes.quantization.placement` does the rest.
+what must agree, and how an operator has to be written; :mod:`fxcompress.passes.quantization.placement` does the rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from fxcompress.passes.quantization.grid import Grid
 from torch._ops import OpOverload
 
 from fxcompress.errors import InputError, did_you_mean
 
 aten = torch.ops.aten
+
+Operands = Mapping[OpOverload, tuple[str, ...]]
+"""Operator -> names of its operands."""
 
 CONVOLUTIONS = (
     aten.conv1d.default,
@@ -24,18 +28,19 @@ CONVOLUTIONS = (
     aten.conv2d.padding,
     aten.conv3d.default,
     aten.conv3d.padding,
-    aten.conv_transpose1d.default,
-    aten.conv_transpose2d.input,
-    aten.conv_transpose3d.input,
 )
-LAYERS: Mapping[OpOverload, tuple[str, ...]] = {
+TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+LAYERS: Operands = {
     **dict.fromkeys(CONVOLUTIONS, ("input",)),
     aten.linear.default: ("input",),
 }
-"""Layers with a weight, which becomes integers too."""
+PRODUCTS: Operands = {aten.matmul.default: ("self", "other"), aten.bmm.default: ("self", "mat2")}
+ELEMENTWISE: Operands = {aten.add.Tensor: ("self", "other"), aten.mul.Tensor: ("self", "other")}
+AVERAGES: Operands = {aten.avg_pool2d.default: ("self",), aten.adaptive_avg_pool2d.default: ("self",)}
+MEANS: Operands = {**AVERAGES, aten.mean.dim: ("self",)}
 
-ACTIVATIONS = frozenset({aten.relu.default, aten.hardtanh.default, aten.relu6.default, aten.clamp.default})
-"""What every engine computes together with the layer before it."""
+CLAMPS = frozenset({aten.relu.default, aten.hardtanh.default, aten.relu6.default, aten.clamp.default})
+"""Activations that every engine computes together with the layer before them."""
 
 VIEWS = frozenset(
     {
@@ -51,6 +56,9 @@ VIEWS = frozenset(
         aten.expand.default,
         aten.slice.Tensor,
         aten.select.int,
+        aten.contiguous.default,
+        aten.clone.default,
+        aten.dropout.default,
         aten.max_pool2d.default,
         aten.pixel_shuffle.default,
         aten.channel_shuffle.default,
@@ -64,46 +72,81 @@ class Target:
     """What an engine computes in integers.
 
     Attributes:
-        layers: Operator -> the operands that it always reads as integers.
+        layers: Operators with a weight, which becomes integers too, and the operands that they always read as integers.
+        products: Operators that multiply values, and the operands that they always read as integers.
         carriers: Operator -> the operands that it reads as integers where its result is read so as well.
         fused: Activations that are computed with the operator before them.
         views: Operators that pass integers through.
         joins: Operators that pass integers through if all operands have one scale and zero point.
-        closed: Whether an integer kernel must also give integers, to all who read its result.
-        symmetric: Whether 0 is the middle of signed activations.
+        closed: Operators whose integer kernels also give integers, to all who read the result.
+        grid: The integers that values become.
+        factor: The integers that the second factor of a product becomes.
+        splits_attention: Whether attention must be written as products for the engine to find them.
+        flattens_rows: Whether a linear layer must be written with two dims for the engine to compute its bias with it.
     """
 
-    layers: Mapping[OpOverload, tuple[str, ...]]
-    carriers: Mapping[OpOverload, tuple[str, ...]]
+    layers: Operands
+    products: Operands
+    carriers: Operands
     fused: frozenset[OpOverload]
     views: frozenset[OpOverload]
     joins: frozenset[OpOverload]
-    closed: bool
-    symmetric: bool
+    closed: frozenset[OpOverload] = frozenset()
+    grid: Grid = field(default_factory=Grid)
+    factor: Grid = field(default_factory=Grid)
+    splits_attention: bool = True
+    flattens_rows: bool = False
+
+    def reads(self, overload: OpOverload) -> tuple[str, ...]:
+        """The operands that an operator always reads as integers."""
+        return self.layers.get(overload) or self.products.get(overload, ())
 
 
-_ELEMENTWISE = {aten.add.Tensor: ("self", "other"), aten.mul.Tensor: ("self", "other")}
+_CAT = frozenset({aten.cat.default})
+_SYMMETRIC = Grid(symmetric=True)
+_SIGNED = Grid(signed=True)
 
 TARGETS: Mapping[str, Target] = {
     "openvino": Target(
-        layers=LAYERS,
-        carriers={**_ELEMENTWISE, aten.mean.dim: ("self",), aten.adaptive_avg_pool2d.default: ("self",),
-                  aten.avg_pool2d.default: ("self",)},
-        fused=ACTIVATIONS,
+        layers={**LAYERS, **dict.fromkeys(TRANSPOSED, ("input",))},
+        products=PRODUCTS,
+        carriers={**ELEMENTWISE, **MEANS},
+        fused=CLAMPS,
         views=VIEWS,
-        joins=frozenset({aten.cat.default}),
-        closed=False,
-        symmetric=True,
+        joins=_CAT,
+        grid=_SYMMETRIC,
+        factor=_SYMMETRIC,
     ),
-    "onnxruntime": Target(
+    "onnxruntime": Target(  # its kernels for a signed first factor are many times slower where there is no VNNI
         layers=LAYERS,
-        carriers={**_ELEMENTWISE, aten.mean.dim: ("self",), aten.adaptive_avg_pool2d.default: ("self",),
-                  aten.avg_pool2d.default: ("self",)},
-        fused=ACTIVATIONS,
+        products=PRODUCTS,
+        carriers={**ELEMENTWISE, **AVERAGES},
+        fused=CLAMPS,
         views=VIEWS,
-        joins=frozenset({aten.cat.default}),
-        closed=True,
-        symmetric=False,
+        joins=_CAT,
+        closed=frozenset({*CONVOLUTIONS, *ELEMENTWISE, *AVERAGES}),
+        factor=_SYMMETRIC,
+        flattens_rows=True,
+    ),
+    "x86": Target(  # PT2E with inductor: int8 kernels of oneDNN, found by torch.compile with freezing
+        layers=LAYERS,
+        products=PRODUCTS,
+        carriers={**ELEMENTWISE, **AVERAGES},
+        fused=CLAMPS,
+        views=VIEWS,
+        joins=_CAT,
+    ),
+    "executorch": Target(  # XNNPACK: signed affine activations, every kernel from integers to integers
+        layers=LAYERS,
+        products={},
+        carriers={**ELEMENTWISE, **MEANS},
+        fused=CLAMPS,
+        views=VIEWS,
+        joins=_CAT,
+        closed=frozenset({*LAYERS, *ELEMENTWISE, *MEANS}),
+        grid=_SIGNED,
+        factor=_SIGNED,
+        splits_attention=False,
     ),
 }  # fmt: skip
 """Name -> profile."""

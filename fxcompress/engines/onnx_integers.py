@@ -1,0 +1,71 @@
+"""Quantized ONNX files, written so that each engine finds its integer kernels in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def drop_zero_points(file: Path) -> None:
+    """Takes zero points that are all 0 away from the DequantizeLinear nodes of a file's signed integers, for OpenVINO.
+
+    They are the default. Weights of one size share them as one constant, and OpenVINO folds no constant that several
+    nodes read: it would find weights of any zero point, and compute those layers in floating point.
+    """
+    import onnx
+
+    model = onnx.load(file)
+    held = _initializers(model)
+    signed = (onnx.TensorProto.INT8, onnx.TensorProto.INT4)
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear" and len(node.input) > 2:
+            integers, zero_point = held.get(node.input[0]), held.get(node.input[2])
+            known = integers is not None and integers.data_type in signed and zero_point is not None
+            if known and not onnx.numpy_helper.to_array(zero_point).any():
+                del node.input[2]
+    onnx.save(model, file)
+
+
+def round_biases(file: Path) -> None:
+    """Makes integers of the biases of a file's quantized linear layers, for onnxruntime.
+
+    They are rounded to steps of input scale times weight scale, which is what an accumulator counts in. onnxruntime
+    does so by itself only where the result is quantized too, and has an integer kernel only for what is rounded.
+    """
+    import onnx
+
+    model = onnx.load(file)
+    held, made = _initializers(model), {node.output[0]: node for node in model.graph.node}
+    nodes = []
+    for node in model.graph.node:
+        bias = held.get(node.input[2]) if node.op_type == "Gemm" and len(node.input) > 2 else None
+        scales = [found for name in node.input[:2] if (found := _scale(made.get(name), held)) is not None]
+        if bias is not None and len(scales) == 2:
+            value, scale = onnx.numpy_helper.to_array(bias), np.float32(scales[0] * scales[1])
+            steps = np.rint(np.float64(value) / scale).clip(-(2**31), 2**31 - 1).astype(np.int32)
+            names = [f"{node.input[2]}_{node.output[0]}_{part}" for part in ("integers", "scale", "dequantized")]
+            model.graph.initializer.append(onnx.numpy_helper.from_array(steps, names[0]))
+            model.graph.initializer.append(onnx.numpy_helper.from_array(np.broadcast_to(scale, steps.shape), names[1]))
+            nodes.append(onnx.helper.make_node("DequantizeLinear", names[:2], names[2:], names[2], axis=0))
+            node.input[2] = names[2]
+        nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, file)
+
+
+def _initializers(model: Any) -> dict[str, Any]:
+    return {tensor.name: tensor for tensor in model.graph.initializer}
+
+
+def _scale(node: Any, held: Mapping[str, Any]) -> np.ndarray[Any, Any] | None:
+    """What an operand's integers are multiplied by, if it is made of integers by constants."""
+    import onnx
+
+    if node is None or node.op_type != "DequantizeLinear" or node.input[1] not in held:
+        return None
+    scale: np.ndarray[Any, Any] = onnx.numpy_helper.to_array(held[node.input[1]])
+    return scale

@@ -1,0 +1,86 @@
+"""The engines' own executed graphs: every layer that was quantized is computed in integers."""
+
+import pytest
+import torch
+from fxcompress.passes.insert_qdq import InsertQdq
+from models import BERT_INPUTS, residual_net, small_bert, small_vit
+
+from fxcompress import InputError, PassManager, Task, trace
+from fxcompress.engines.executed import executed_layers, integer_share
+from fxcompress.engines.export import tensor_names
+from fxcompress.engines.formats import format_of
+from fxcompress.engines.integers import with_integer_weights
+
+ENGINES = {"openvino": "xml", "onnxruntime": "onnx"}
+
+
+def images(rows, side):
+    return torch.randn(rows, 3, side, side, generator=torch.Generator().manual_seed(1))
+
+
+def with_biases(model):
+    """Engines fold what is zero: biases are not, as in a trained model."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def convolutions():
+    return with_biases(residual_net()), images(2, 8), None, [images(8, 8)]
+
+
+def vit():
+    return with_biases(small_vit()), images(2, 32), None, [images(8, 32)]
+
+
+def bert():
+    inputs, dynamic = BERT_INPUTS
+    return with_biases(small_bert()), ((), inputs), dynamic, [((), inputs)] * 4
+
+
+def quantized(subject, target, **options):
+    pytest.importorskip(target)
+    model, example, dynamic, batches = subject()
+    before = PassManager("fold-batchnorm").run(trace(model, example, dynamic=dynamic)).program
+    task = Task(calibration=batches, inputs=lambda batch: batch)
+    return PassManager([InsertQdq(target=target, **options)]).run(before, task)
+
+
+def written(program, file):
+    """The file that ``export`` writes, whatever the engine's kernels lose on this machine."""
+    module = with_integer_weights(program.emit())
+    args, kwargs = program.interface.args, program.interface.kwargs
+    format_of(file).write(module, program.interface, file, tensor_names(program.interface, module(*args, **kwargs)))
+    return file
+
+
+@pytest.mark.parametrize(("subject", "count"), [(convolutions, 7), (vit, 8), (bert, 9)])
+@pytest.mark.parametrize("target", ENGINES)
+def test_every_layer_is_computed_in_integers(subject, count, target, tmp_path):
+    done = quantized(subject, target)
+    file = written(done.program, tmp_path / f"m.{ENGINES[target]}")
+    layers = executed_layers(file)
+    assert len(layers) == count
+    assert [layer for layer in layers if not layer.integer] == []
+    assert integer_share(layers) == 1
+
+
+@pytest.mark.parametrize("target", ENGINES)
+def test_what_is_skipped_is_not(target, tmp_path):
+    done = quantized(convolutions, target, skip=("4",))
+    file = written(done.program, tmp_path / f"m.{ENGINES[target]}")
+    assert [layer.integer for layer in executed_layers(file)] == [True] * 6 + [False]
+
+
+def test_other_files_have_no_executed_graph(tmp_path):
+    with pytest.raises(
+        InputError, match=r"m.pt2 has no executed graph to read; give a file that ends in .onnx or .xml"
+    ):
+        executed_layers(tmp_path / "m.pt2")
+
+
+def test_no_layer_is_all_of_none():
+    assert integer_share(()) == 1
