@@ -37,12 +37,14 @@ class Network:
         example: Example inputs of two rows by the name of the argument.
         calibration: Batches of two rows.
         transformer: Whether it is one, for quantizers that want to be told.
+        slimming: Passes that go before ours, as the start of a pipeline.
     """
 
     model: nn.Module
     example: dict[str, torch.Tensor]
     calibration: list[dict[str, torch.Tensor]]
     transformer: bool
+    slimming: str = ""
 
     @functools.cached_property
     def program(self) -> fxc.Program:
@@ -52,10 +54,9 @@ class Network:
     def task(self) -> fxc.Task:
         return fxc.Task(calibration=self.calibration, inputs=lambda batch: ((), batch))
 
-    def quantized(self, target: str, pipeline: str = "") -> fxc.Program:
+    def quantized(self, target: str) -> fxc.Program:
         """Our int8 version for a target."""
-        done = fxc.PassManager(f"{pipeline}insert-qdq{{target={target}}}").run(self.program, self.task)
-        return done.program
+        return fxc.PassManager(f"{self.slimming}insert-qdq{{target={target}}}").run(self.program, self.task).program
 
 
 def network(name: str) -> Network:
@@ -64,7 +65,7 @@ def network(name: str) -> Network:
     return NETWORKS[name]()
 
 
-def _image(source: str, name: str, *, transformer: bool = False) -> Network:
+def _image(source: str, name: str, *, transformer: bool = False, slimming: str = "") -> Network:
     if source == "timm":
         import timm
 
@@ -77,7 +78,7 @@ def _image(source: str, name: str, *, transformer: bool = False) -> Network:
     settle(model, (images[:4],), {})
     argument = next(iter(inspect.signature(model.forward).parameters))
     batches = [{argument: batch} for batch in images.split(2)]
-    return Network(model, batches[0], batches, transformer)
+    return Network(model, batches[0], batches, transformer, slimming)
 
 
 def _bert() -> Network:
@@ -97,6 +98,9 @@ def _bert() -> Network:
 NETWORKS: dict[str, Callable[[], Network]] = {
     "ResNet-18": functools.partial(_image, "torchvision", "resnet18"),
     "ResNet-50": functools.partial(_image, "torchvision", "resnet50"),
+    "ResNet-50 half": functools.partial(
+        _image, "torchvision", "resnet50", slimming="select-channels{ratio=0.5 round-to=16},remove-channels,"
+    ),
     "MobileNetV2": functools.partial(_image, "torchvision", "mobilenet_v2"),
     "EfficientNet-Lite0": functools.partial(_image, "timm", "tf_efficientnet_lite0"),
     "DeiT-tiny": functools.partial(_image, "timm", "deit_tiny_patch16_224", transformer=True),
