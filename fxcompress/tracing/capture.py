@@ -70,7 +70,7 @@ def _explain(model: nn.Module, error: Exception) -> str:
     text = str(error)
     if "data-dependent" in text.lower() or "GuardOnDataDependent" in type(error).__name__ or "unbacked" in text.lower():
         remedy = (
-            "its control flow depends on the values of a tensor: rewrite that with torch.where or torch.cond, or use "
+            "its control flow depends on the values of a tensor: rewrite that with torch.where, or use "
             "fxcompress.trace_islands, which captures the parts that can be and leaves the rest in Python"
         )
     elif "specializ" in text or "onstraint" in text:

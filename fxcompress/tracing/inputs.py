@@ -13,6 +13,7 @@ from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_wit
 
 from fxcompress.errors import InputError
 from fxcompress.ir.program import Interface
+from fxcompress.tracing.structures import register_dataclasses
 
 Dynamic = Mapping[str, Sequence[int]]
 """Input name -> dims, beside the batch dim, whose size may change from call to call."""
@@ -121,6 +122,7 @@ def prepare(
             model, or ``dynamic`` names an input or dim that does not exist.
     """
     args, kwargs = split_call(example_inputs)
+    register_dataclasses((args, kwargs))
     kwargs = _in_signature_order(model, kwargs)
     names = _top_level_names(model, args, kwargs)
     with_paths, spec = tree_flatten_with_path((args, kwargs))

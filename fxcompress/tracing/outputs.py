@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map
 
 from fxcompress.ir.program import Diagnostic
+from fxcompress.tracing.structures import register_dataclasses
 
 _PLAIN = (
     torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool, torch.dtype, torch.device, int, float, complex, str,
@@ -28,6 +29,7 @@ def plain_outputs(model: nn.Module) -> Iterator[list[Diagnostic]]:
     found: list[Diagnostic] = []
 
     def without_objects(module: nn.Module, args: Any, output: Any) -> Any:
+        register_dataclasses(output)
         if all(isinstance(leaf, _PLAIN) for leaf in tree_leaves(output)):
             return None
         for path, leaf in tree_flatten_with_path(output)[0]:

@@ -115,6 +115,8 @@ def _differs(left: Any, right: Any) -> bool:
 class StateKeeper(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While it is active, whatever an operation is about to write into a model's state is saved first."""
 
+    supports_higher_order_operators = True
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._names: dict[int, str] = {}
@@ -127,10 +129,11 @@ class StateKeeper(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self._names.setdefault(tensor.untyped_storage()._cdata, f"{path}.{name}".lstrip("."))
 
     def __torch_dispatch__(
-        self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        for index, argument in enumerate(func._schema.arguments):
+        arguments = func._schema.arguments if isinstance(func, OpOverload) else ()  # torch.cond and the like have none
+        for index, argument in enumerate(arguments):
             # the schemas of batch norms do not say that they write the running statistics
             if (argument.alias_info is not None and argument.alias_info.is_write) or argument.name in _STATISTICS:
                 self._save(args[index] if index < len(args) else kwargs.get(argument.name))

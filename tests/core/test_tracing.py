@@ -201,7 +201,16 @@ class Prediction:
     features: list
 
 
-pytree.register_dataclass(Prediction)
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    a: torch.Tensor
+    others: "Batch | None" = None
+
+
+@dataclasses.dataclass
+class Nested:
+    inner: Prediction
+    size: int
 
 
 STRUCTURES = {
@@ -212,6 +221,7 @@ STRUCTURES = {
     "list out": (lambda self, a: [self.linear(a)], ((2, 4),), {}),
     "dict out": (lambda self, a: {"y": self.linear(a), "x": (a, None, 3)}, ((2, 4),), {}),
     "dataclass out": (lambda self, a: Prediction(self.linear(a), [a]), ((2, 4),), {}),
+    "nested dataclass out": (lambda self, a: Nested(Prediction(self.linear(a), []), 3), ((2, 4),), {}),
 }
 
 
@@ -236,6 +246,14 @@ def test_structures_of_inputs_and_outputs(case):
     assert pytree.tree_structure(found) == pytree.tree_structure(expected)
     assert type(found) is type(expected)
     assert_same(model, program, *args, **kwargs)
+
+
+def test_dataclasses_come_in_without_registration():
+    model = Model(lambda self, batch: self.linear(batch.a) + batch.others.a, linear=nn.Linear(4, 4))
+    program = fxc.trace(model, Batch(torch.randn(2, 4), Batch(torch.randn(2, 4))))
+    assert program.interface.batch_size == 2
+    batch = Batch(torch.randn(5, 4), Batch(torch.randn(5, 4)))
+    torch.testing.assert_close(program.emit()(batch), model(batch))
 
 
 class Cache:

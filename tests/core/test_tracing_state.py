@@ -203,3 +203,9 @@ def test_a_value_cached_by_a_forward_is_computed_in_the_graph():
     assert model.cache == {}
     x = torch.randn(3, 4)
     assert torch.equal(program(x), model(x))
+
+
+def test_a_control_flow_operator_is_named():
+    model = Model(lambda self, x: torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,)))
+    with pytest.raises(fxc.CaptureError, match=r"uses cond, a control-flow operator"):
+        fxc.trace(model, torch.randn(2, 4))
