@@ -22,6 +22,8 @@ from fxcompress.passes.ranges import Ranges
 from torch import fx
 
 from fxcompress.analysis import analyze
+from fxcompress.errors import InputError
+from fxcompress.ir import macs
 from fxcompress.ir.lowering import lowered
 from fxcompress.ir.ops import Operation, operation, operations
 from fxcompress.ir.program import Program
@@ -39,7 +41,8 @@ class InsertQdq(Transform):
 
     Weights become integers per output channel, biases stay as they are, and nothing stands between operators that the
     engine computes as one. A Program that has such nodes already is left alone. Refuses, naming the layer:
-    ``computed-weight``, ``not-float32``, ``not-finite``.
+    ``no-integer-kernel``, ``computed-weight``, ``constant-operand``, ``not-float32``, ``not-finite``,
+    ``unbounded-range``.
 
     Attributes:
         target: Engine that will run the model.
@@ -47,6 +50,7 @@ class InsertQdq(Transform):
         observer: How ranges follow from the calibration batches; see the analysis ``ranges``.
         batches: How many of the task's calibration batches to use.
         least: Calibration samples that must be there.
+        weight_bits: Bits of the integers that weights become; engines keep them in 8.
     """
 
     name: ClassVar[str] = "insert-qdq"
@@ -57,10 +61,13 @@ class InsertQdq(Transform):
     observer: str = "minmax"
     batches: int = 64
     least: int = 8
+    weight_bits: int = 8
 
     def __post_init__(self) -> None:
         super().__post_init__()
         target_of(self.target)
+        if not 2 <= self.weight_bits <= 8:
+            raise InputError(f"weight_bits must be from 2 to 8, not {self.weight_bits}")
 
     def run(self, program: Program, task: Task | None) -> PassResult:
         """Counts the ``layers`` and ``activations`` that became integers."""
@@ -83,7 +90,8 @@ class InsertQdq(Transform):
             integers = quantize_dequantize(point.source, parameters)
             for reader in point.readers:
                 reader.replace_input_with(point.source, integers)
-        layers = sum(_quantize_layer(root, node, target) for node in list(program.nodes) if node not in floating)
+        nodes = [node for node in program.nodes if node not in floating]
+        layers = sum(_quantize_layer(root, node, target, self.weight_bits) for node in nodes)
         return PassResult(
             rewritten or bool(points), tuple(refusals.values()), {"layers": layers, "activations": len(points)}
         )
@@ -94,18 +102,34 @@ class InsertQdq(Transform):
 
 
 def _objections(root: fx.GraphModule, target: Target) -> Iterator[Refusal]:
-    """Layers that must stay in floating point."""
+    """Layers and products that must stay in floating point."""
     for call in operations(root):
-        if call.overload not in target.layers:
+        if call.overload not in macs.RULES or (target.splits_attention and call.overload is ATTENTION):
             continue
-        weight = call.parameter("weight")
-        if weight is None:
-            yield Refusal("computed-weight", call.node.name, "its weight is computed in the graph; store the weight")
-        elif weight.dtype != torch.float32:
-            reason = f"its weight is {weight.dtype}, and only torch.float32 becomes integers; convert the model first"
-            yield Refusal("not-float32", call.node.name, reason)
-        elif not bool(torch.isfinite(weight).all()):
-            yield Refusal("not-finite", call.node.name, "its weight holds NaN or Inf; repair the model")
+        objection = _objection(call, target)
+        if objection is not None:
+            code, reason = objection
+            yield Refusal(code, call.node.name, reason)
+
+
+def _objection(call: Operation, target: Target) -> tuple[str, str] | None:
+    read = target.reads(call.overload)
+    if not read:
+        return "no-integer-kernel", f"the target has no integer kernel for {call.overload}; it stays in floating point"
+    if any(name in call.state for name in read):
+        return "constant-operand", "it multiplies by a tensor of the model's state; write it as a linear layer"
+    if call.overload in target.products:
+        return None
+    weight, bias = call.parameter("weight"), call.parameter("bias")
+    if weight is None:
+        return "computed-weight", "its weight is computed in the graph; store the weight"
+    if weight.dtype != torch.float32:
+        dtype = f"its weight is {weight.dtype}, and only torch.float32 becomes integers; convert the model first"
+        return "not-float32", dtype
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            return "not-finite", f"its {name} holds NaN or Inf; repair the model"
+    return None
 
 
 def _unbounded(reader: fx.Node, source: fx.Node) -> Refusal:
@@ -133,7 +157,7 @@ def _parameters(points: list[Point], ranges: Mapping[str, Range]) -> list[Quanti
     return [point.grid.parameters(united[point.sharing]) for point in points]
 
 
-def _quantize_layer(root: fx.GraphModule, node: fx.Node, target: Target) -> bool:
+def _quantize_layer(root: fx.GraphModule, node: fx.Node, target: Target, bits: int) -> bool:
     """Makes integers of the weight of a layer whose input is integers."""
     call = operation(root, node)
     layer = weighted_layer(call) if call is not None and call.overload in target.layers else None
@@ -143,7 +167,7 @@ def _quantize_layer(root: fx.GraphModule, node: fx.Node, target: Target) -> bool
     if scale is None:
         return False
     reader = lowered(root, layer.operation)
-    quantize_weight(root, layer, reader, channel_scales(layer, scale))
+    quantize_weight(root, layer, reader, channel_scales(layer, scale, bits), bits)
     return True
 
 

@@ -93,3 +93,22 @@ def test_needs_calibration():
 def test_a_transformer():
     _, record = quantized(small_vit(), 4, 3, 32, 32, calibration=data(8, 3, 32, 32))
     assert record.result.statistics["layers"] == 6
+
+
+@pytest.mark.parametrize(("bits", "largest"), [(8, 127), (7, 63), (4, 7)])
+def test_weights_of_fewer_bits(bits, largest):
+    after, _ = quantized(nn.Sequential(nn.Linear(4, 3)), 8, 4, weight_bits=bits)
+    (node,) = (node for node in after.nodes if "quantize_per_channel.default" in str(node.target)[:60]
+               and "dequantize" not in str(node.target))  # fmt: skip
+    assert node.args[4:6] == (-largest, largest)
+    with pytest.raises(InputError, match="weight_bits must be from 2 to 8, not 9"):
+        InsertQdq(weight_bits=9)
+
+
+@pytest.mark.parametrize(("target", "dtype"), [("x86", torch.uint8), ("executorch", torch.int8)])
+def test_integers_of_other_targets(target, dtype):
+    after, record = quantized(residual(), 8, 3, 8, 8, target=target)
+    assert record.comparison.sqnr_db > 25
+    made = [node for node in after.nodes if node.target is torch.ops.quantized_decomposed.quantize_per_tensor.default]
+    assert {node.args[-1] for node in made} == {dtype}
+    assert record.result.statistics["layers"] == 7

@@ -1,0 +1,114 @@
+"""What insert-qdq leaves in floating point, and says so."""
+
+import pytest
+import torch
+from fxcompress.passes.insert_qdq import InsertQdq
+from torch import nn
+
+from fxcompress import InputError, PassManager, Task, trace
+
+
+def data(*shape, batches=2):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(*shape, generator=generator) for _ in range(batches)]
+
+
+def run(model, *shape, **options):
+    torch.manual_seed(0)
+    program = trace(model.eval(), torch.randn(2, *shape[1:]))
+    done = PassManager([InsertQdq(**options)]).run(program, Task(calibration=data(*shape)))
+    return done.program, done.records[0].result
+
+
+def refused(result):
+    return [(refusal.code, refusal.node) for refusal in result.refusals]
+
+
+class Between(nn.Module):
+    """Two linear layers and what is between them."""
+
+    def __init__(self, middle, width=4):
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(4, 4), middle, nn.Linear(width, 3)
+
+    def forward(self, x):
+        return self.last(self.middle(self.first(x)))
+
+
+class Times(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.held = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        return torch.matmul(x, self.held)
+
+
+class ComputedWeight(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.held = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.held.tanh())
+
+
+class Masked(nn.Module):
+    def forward(self, x):
+        return x.masked_fill(x > 0, -1e35)
+
+
+def test_a_product_with_state():
+    _, result = run(Between(Times()), 8, 4)
+    assert refused(result) == [("constant-operand", "matmul")]
+    assert result.statistics["layers"] == 2
+
+
+def test_a_weight_that_is_computed():
+    _, result = run(Between(ComputedWeight()), 8, 4)
+    assert refused(result) == [("computed-weight", "linear")]
+
+
+def test_no_kernel_for_a_transposed_convolution_in_onnxruntime():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 3, 2))
+    _, result = run(model, 8, 3, 6, 6, target="onnxruntime")
+    assert [refusal.code for refusal in result.refusals] == ["no-integer-kernel"]
+    assert "aten.conv_transpose2d.input" in result.refusals[0].reason
+    assert result.statistics["layers"] == 1
+    _, result = run(model, 8, 3, 6, 6, target="openvino")
+    assert result.refusals == ()
+
+
+def with_value(name, value):
+    program = trace(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).eval(), torch.randn(2, 4)).copy()
+    with torch.no_grad():
+        program.graph_module.get_parameter(name)[0] = value
+    return program
+
+
+def test_a_bias_that_is_infinite():
+    result = InsertQdq().run(with_value("2.bias", torch.inf), Task(calibration=data(8, 4)))
+    assert refused(result) == [("not-finite", "_2")]
+    assert "its bias holds NaN or Inf" in result.refusals[0].reason
+
+
+def test_a_weight_that_makes_nan_is_named():
+    with pytest.raises(InputError, match="_2 computes NaN on calibration batch 0; check that batch, or the weights"):
+        InsertQdq().run(with_value("2.weight", torch.nan), Task(calibration=data(8, 4)))
+
+
+def test_a_range_that_is_infinite():
+    _, result = run(Between(Masked()), 8, 4)
+    assert refused(result) == [("unbounded-range", "last")]
+    assert "which is infinite on calibration batches" in result.refusals[0].reason
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e-42])
+def test_activations_that_are_constant_or_underflow(factor):
+    class Scaled(nn.Module):
+        def forward(self, x):
+            return x * factor
+
+    program, result = run(Between(Scaled()), 8, 4)
+    assert result.refusals == ()
+    assert torch.isfinite(program(torch.randn(2, 4))).all()
