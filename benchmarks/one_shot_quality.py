@@ -17,6 +17,7 @@ import argparse
 import copy
 import fnmatch
 import importlib.util
+import json
 import os
 import sys
 import time
@@ -24,6 +25,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -48,7 +50,9 @@ SCOPES: dict[str, dict[str, bool]] = {
 SAME = {"fisher": "hessian"}
 """Our name of a criterion -> Torch-Pruning's, where they differ."""
 STEPS = 8
-BATCH = 32
+CLOSE = 0.003
+"""Share of the whole MACs below the target at which the search for their ratio stops."""
+BATCH = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,16 +151,20 @@ def their_importances() -> dict[str, Callable[[], Any]]:
 
 def theirs(subject: Subject, share: float, criterion: str, scope: str) -> nn.Module:
     """The largest slim network within the share that a search for the ratio finds."""
-    low, high, best = 0.0, 1.0, None
+    target, found = share * subject.macs, {0.0: (subject.macs, None), 1.0: (0, None)}
     for _ in range(STEPS):
-        middle = (low + high) / 2
-        found = pruned(subject, middle, criterion, scope)
-        if found is not None and macs(found) > share * subject.macs:
-            low = middle
-        else:
-            high, best = middle, found or best
-    assert best is not None
-    return best
+        low = max(ratio for ratio, (size, _) in found.items() if size > target)
+        high = min(ratio for ratio, (size, _) in found.items() if size <= target)
+        if found[high][0] > (share - CLOSE) * subject.macs:
+            break
+        aim = (found[low][0] - target + CLOSE / 2 * subject.macs) / (found[low][0] - found[high][0])
+        ratio = low + (high - low) * min(max(aim, 0.1), 0.9)
+        slim = pruned(subject, ratio, criterion, scope)
+        found[ratio] = (0 if slim is None else macs(slim), slim)
+    within = [(size, number, slim) for number, (size, slim) in enumerate(found.values()) if size <= target]
+    slim = max(within)[2]
+    assert slim is not None
+    return slim
 
 
 def pruned(subject: Subject, ratio: float, criterion: str, scope: str) -> nn.Module | None:
@@ -164,8 +172,9 @@ def pruned(subject: Subject, ratio: float, criterion: str, scope: str) -> nn.Mod
     import torch_pruning
 
     slim = copy.deepcopy(subject.model)
-    for parameter, gradient in zip(slim.parameters(), gradients(subject, criterion), strict=True):
-        parameter.grad = gradient.clone()
+    if criterion in ("taylor", "hessian"):
+        for parameter, gradient in zip(slim.parameters(), gradients(subject, criterion), strict=True):
+            parameter.grad = gradient.clone()
     torch.manual_seed(0)
     pruner = torch_pruning.pruner.BasePruner(
         slim, torch.zeros(1, 3, SIZE, SIZE), their_importances()[criterion](), pruning_ratio=ratio,
@@ -185,8 +194,6 @@ def gradients(subject: Subject, criterion: str) -> list[torch.Tensor]:
 
     Its ``accumulate_grad`` keeps only the last sample, so they are summed here.
     """
-    if criterion not in ("taylor", "hessian"):
-        return []
     parameters = list(subject.model.parameters())
     sums = [torch.zeros_like(parameter) for parameter in parameters]
     for images, labels in subject.training:
@@ -201,18 +208,31 @@ def gradients(subject: Subject, criterion: str) -> list[torch.Tensor]:
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-def measure(subject: Subject, shares: list[float], only: str) -> Iterator[dict[str, Any]]:
+def measure(subject: Subject, shares: list[float], only: str, log: Path | None) -> Iterator[dict[str, Any]]:
+    """The rows; those that the log has are taken from there, and others are added to it."""
+    known = {}
+    if log is not None and log.exists():
+        rows = map(json.loads, log.read_text().splitlines())
+        known = {(row["tool"], row["criterion"], row["way"], row["share"]): row for row in rows}
     for share in shares:
         for tool, runs in (("ours", our_runs), ("theirs", their_runs)):
             for criterion, way, work in runs(subject, share):
-                if fnmatch.fnmatch(f"{tool} {criterion} {way}", only):
-                    started = time.process_time()
-                    slim = work()
-                    seconds = time.process_time() - started
-                    row = {"tool": tool, "criterion": criterion, "way": way, "share": share}
-                    row |= {"macs": round(macs(slim) / subject.macs, 4), **quality(subject, slim)}
-                    print(*row.values(), f"{seconds:.0f} s", flush=True)
-                    yield row | {"seconds": round(seconds, 1)}
+                key = tool, criterion, way, share
+                if key not in known and fnmatch.fnmatch(f"{tool} {criterion} {way}", only):
+                    known[key] = dict(zip(("tool", "criterion", "way", "share"), key, strict=True)) | run(subject, work)
+                    print(*known[key].values(), "s", flush=True)
+                    if log is not None:
+                        with log.open("a") as file:
+                            file.write(json.dumps(known[key]) + "\n")
+                if key in known:
+                    yield known[key]
+
+
+def run(subject: Subject, work: Callable[[], nn.Module]) -> dict[str, float]:
+    started = time.process_time()
+    slim = work()
+    seconds = round(time.process_time() - started, 1)
+    return {"macs": round(macs(slim) / subject.macs, 4), **quality(subject, slim), "seconds": seconds}
 
 
 def quality(subject: Subject, slim: nn.Module) -> dict[str, float]:
@@ -288,7 +308,8 @@ def main() -> int:
     parser.add_argument("--crops", type=int, default=10, help="of each calibration photograph")
     parser.add_argument("--test-crops", type=int, default=24, help="of each test photograph")
     parser.add_argument("--macs", type=float, nargs="+", default=list(SHARES), help="shares of MACs to keep")
-    parser.add_argument("--only", default="*", help="'TOOL CRITERION WAY' that match this pattern; nothing is written")
+    parser.add_argument("--only", default="*", help="run what matches this pattern of 'TOOL CRITERION WAY'")
+    parser.add_argument("--log", type=Path, help="keep rows in this file, and do not run again what it has")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -297,7 +318,7 @@ def main() -> int:
         [crops(name, options.crops, SIZE, seed) for seed, name in enumerate(CALIBRATION)],
         torch.cat([crops(name, options.test_crops, SIZE, 1000 + seed) for seed, name in enumerate(TEST)]),
     )
-    rows = list(measure(subject, options.macs, options.only))
+    rows = list(measure(subject, options.macs, options.only, options.log))
     print(table(rows))
     print("\n".join(summary(rows)))
     if options.only == "*":
