@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import numpy as np
-from fxcompress.passes.channels.criteria import Evidence, criterion_of
+from fxcompress.passes.channels.criteria import Criterion, Evidence, criterion_of
 from fxcompress.passes.channels.criteria.totals import Scores
 from fxcompress.passes.channels.frozen import frozen
 from fxcompress.passes.channels.groups import ChannelGroup, ChannelReport
@@ -42,8 +42,9 @@ class SelectChannels(Analysis[ChannelPlan]):
             multiply-accumulate saved (as in arXiv:1801.05787).
         ratios: Ratios of the groups that a pattern matches; the first that matches wins.
         ignore: Patterns of groups to keep whole.
-        criterion: How importance is measured.
-        scope: What is ranked together: each group (uniform), all (global), or those built alike (isomorphic).
+        criterion: How importance is measured; by default ``output`` where the task has batches, else ``l2``.
+        scope: What is ranked together: each group (uniform), all (global), or those built alike (isomorphic). By
+            default all where ``macs`` is given and the criterion estimates a change of the loss, else each group.
         factors: Which factors of products to remove from: outer (heads, groups), inner (head dims, channels in a
             group), or all.
         round_to: Keep multiples of this many channels in each dim, rounded up.
@@ -59,8 +60,8 @@ class SelectChannels(Analysis[ChannelPlan]):
     macs: float | None = None
     ratios: Mapping[str, float] = field(default_factory=dict)
     ignore: tuple[str, ...] = ()
-    criterion: str = "l2"
-    scope: Literal["uniform", "global", "isomorphic"] = "uniform"
+    criterion: str | None = None
+    scope: Literal["uniform", "global", "isomorphic"] | None = None
     factors: Literal["all", "outer", "inner"] = "all"
     round_to: int = 1
     min_width: int = 1
@@ -69,7 +70,8 @@ class SelectChannels(Analysis[ChannelPlan]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        criterion_of(self.criterion)
+        if self.criterion is not None:
+            criterion_of(self.criterion)
         for what, ratio in (("ratio", self.ratio), *((f"ratios of {name!r}", r) for name, r in self.ratios.items())):
             if ratio is not None and not 0 <= ratio < 1:
                 raise InputError(f"{what} must be at least 0 and below 1, not {ratio:g}: it is the share to remove")
@@ -87,11 +89,13 @@ class SelectChannels(Analysis[ChannelPlan]):
         if not report.groups:
             refusals.append(Refusal("nothing-removable", program.name, "no parameter has a channel that can go"))
         price = Price(program, report)
-        candidates = tuple(self._candidates(program, report, task, price, refusals))
+        criterion = self._criterion(task)
+        scores = criterion.measure(Evidence(program, report, task, self.batches, self.seed))
+        candidates = tuple(self._candidates(program, report, criterion, scores, price, refusals))
         selection = Selection(report, Ranking(candidates), self.round_to)
         ratio = self._ratio(selection, price)
         removed = selection.removed(ratio)
-        removals = tuple(self._removals(candidates, removed, ratio))
+        removals = tuple(self._removals(candidates, removed, criterion.name, ratio))
         macs = price.whole, price.macs(removed)
         return ChannelPlan(digest(program), removals, tuple(refusals), str(self), macs)
 
@@ -100,39 +104,51 @@ class SelectChannels(Analysis[ChannelPlan]):
             return selection.ratio_for(price, self.macs)
         return _RATIO if self.ratio is None else self.ratio
 
+    def _criterion(self, task: Task | None) -> Criterion:
+        has_batches = task is not None and (task.calibration is not None or task.training is not None)
+        return criterion_of(self.criterion or ("output" if has_batches else "l2"))
+
     def _candidates(
-        self, program: Program, report: ChannelReport, task: Task | None, price: Price, refusals: list[Refusal]
+        self,
+        program: Program,
+        report: ChannelReport,
+        criterion: Criterion,
+        scores: Scores,
+        price: Price,
+        refusals: list[Refusal],
     ) -> Iterator[Candidate]:
         """The groups to remove from; those that are left out go to the refusals."""
-        roles, criterion = Roles(program), criterion_of(self.criterion)
+        roles, by_loss = Roles(program), self.macs is not None and criterion.scale == "loss"
+        pool_of = _POOL[self.scope or ("global" if by_loss else "uniform")]
         ignored = Patterns("ignore", self.ignore, report, roles)
         ratios = Patterns("ratios", self.ratios, report, roles)
-        scores = criterion.measure(Evidence(program, report, task, self.batches, self.seed))
         left_out: dict[tuple[str, str, str], list[str]] = defaultdict(list)
         for number, group in enumerate(report.groups):
             own, keeper = scores[group.units], ignored.first(number)
             if keeper is not None:
                 left_out["ignored", keeper, "ignore says to keep"].append(group.name)
             elif not np.isfinite(own).all():
-                left_out["no-score", self.criterion, "this criterion gives no finite score to"].append(group.name)
+                left_out["no-score", criterion.name, "this criterion gives no finite score to"].append(group.name)
             elif self.factors in ("all", group.factor) or group.factor == "whole":
-                pool, pattern = _POOL[self.scope](roles, number, group), ratios.first(number)
+                pool, pattern = pool_of(roles, number, group), ratios.first(number)
                 ratio = None if pattern is None else self.ratios[pattern]
                 comparable = _by_mean(own) if criterion.scale == "group" else own
-                if self.macs is not None and criterion.scale == "loss":
+                if by_loss:
                     comparable = _by_price(comparable, price.saved(group.units[0]))
                 yield Candidate(number, group, comparable, pool, ratio, self.min_width, pattern)
         for (code, node, why), names in left_out.items():
             refusals.append(Refusal(code, node, f"{why} {listed(names)}"))
 
-    def _removals(self, candidates: Iterable[Candidate], removed: Mask, ratio: float) -> Iterator[Removal]:
+    def _removals(
+        self, candidates: Iterable[Candidate], removed: Mask, criterion: str, ratio: float
+    ) -> Iterator[Removal]:
         for each in candidates:
             gone = np.flatnonzero(removed[each.group.units])
             if len(gone):
                 share = f"ratio {ratio:.3g}" if each.ratio is None else f"ratio {each.ratio:g} of {each.pattern!r}"
                 yield Removal(
                     each.number, each.group.name, each.group.factor, len(each.group), tuple(gone.tolist()),
-                    tuple(map(str, each.group.members)), f"{self.criterion}, {share}"
+                    tuple(map(str, each.group.members)), f"{criterion}, {share}"
                 )  # fmt: skip
 
 
