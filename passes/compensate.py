@@ -32,6 +32,9 @@ from fxcompress.verification.oracle import Oracle
 
 aten = torch.ops.aten
 
+_PLACES_FOR_EACH = 256
+"""Places that are enough for each weight of a filter."""
+
 
 @dataclass(frozen=True)
 class Compensate(Transform):
@@ -44,7 +47,8 @@ class Compensate(Transform):
     Attributes:
         plan: JSON file of a plan; none for that of the last select-channels.
         batches: How many of the task's calibration batches to use; all of them are in memory together.
-        places: How many places of a layer's output to fit to, over all batches.
+        places: How many places of a layer's output to fit to, over all batches; fewer where a filter is small, as in
+            a depthwise convolution.
         penalty: How strongly filters are held to what they were, relative to the mean square of an input; none to
             choose it for each layer by cross-validation between batches.
         seed: Seed of the choice of places.
@@ -164,8 +168,9 @@ class _Refit:
         halves = [none, none]
         pairs = list(self._streams.pairs(layer.operation["input"], layer.node))
         keeps = self._oracle.keeps(layer.node, pairs[0][1])
+        places = min(self._places, _PLACES_FOR_EACH * old.shape[1])
         for index, (x, y) in enumerate(pairs):
-            found = sample(layer, x, y, keeps, max(self._places // len(pairs), 1), self._generator)
+            found = sample(layer, x, y, keeps, max(places // len(pairs), 1), self._generator)
             inputs, outputs = found.inputs[:, :, columns].flatten(2), found.outputs * filters.outputs
             second = found.position >= 0.5 if len(pairs) == 1 else torch.full(found.position.shape, index % 2 == 1)
             for half, chosen in enumerate((~second, second)):

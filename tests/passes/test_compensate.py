@@ -251,7 +251,7 @@ def test_errors_do_not_pile_up():
     model = nn.Sequential(*(layer for _ in range(4) for layer in (nn.Linear(16, 16), nn.ReLU())), nn.Linear(16, 4))
     x = inputs(2000, 16)
     before = trace(model.double(), x)
-    done = PassManager("select-channels{ratio=0.25},compensate").run(before, Task(calibration=[x]))
+    done = PassManager("select-channels{ratio=0.25 criterion=l2},compensate").run(before, Task(calibration=[x]))
 
     slim = done.program.graph_module
     alone = copy.deepcopy(slim)
@@ -425,7 +425,7 @@ def test_says_what_calibration_is_needed(task, message):
     before = trace(model, inputs(4, 3))
 
     with pytest.raises(InputError, match=message):
-        PassManager("select-channels,compensate").run(before, task)
+        PassManager("select-channels{criterion=l2},compensate").run(before, task)
 
 
 def test_needs_a_plan():
@@ -456,7 +456,7 @@ def test_the_model_and_the_program_before_keep_their_weights():
     before = trace(model, x)
     text = before.text()
 
-    after = PassManager("select-channels,compensate").run(before, Task(calibration=[x])).program
+    after = PassManager("select-channels{criterion=l2},compensate").run(before, Task(calibration=[x])).program
 
     assert compare(before, after).sqnr_db < 200
     assert before.text() == text
@@ -470,7 +470,7 @@ def test_keeps_dtype_and_what_is_trained():
     x = inputs(64, 3).to(torch.bfloat16)
 
     after = (
-        PassManager("select-channels,compensate,remove-channels").run(trace(model, x), Task(calibration=[x])).program
+        PassManager("select-channels{criterion=l2},compensate,remove-channels").run(trace(model, x), Task(calibration=[x])).program
     )
 
     new = after.graph_module.get_submodule("2")
