@@ -32,6 +32,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 from environment import RESULTS, write_results
+from fxcompress.passes.channels import criteria
 from photographs import CALIBRATION, TEST, crops, efficientnet_lite0
 from tabulate import tabulate
 from torch import nn
@@ -49,6 +50,10 @@ SCOPES: dict[str, dict[str, bool]] = {
 }  # fmt: skip
 SAME = {"fisher": "hessian"}
 """Our name of a criterion -> Torch-Pruning's, where they differ."""
+SAMPLED = ("taylor", "fisher")
+"""Criteria of the gradients of single samples."""
+SAMPLES = 1000
+BATCHES = 16
 STEPS = 8
 CLOSE = 0.003
 """Share of the whole MACs below the target at which the search for their ratio stops."""
@@ -81,9 +86,13 @@ class Subject:
 
     @cached_property
     def task(self) -> fxc.Task:
+        """The same for ours: photographs to calibrate on, and single samples to derive the loss of."""
+        samples = [
+            pair for images, labels in self.training for pair in zip(images.split(1), labels.split(1), strict=True)
+        ]
         return fxc.Task(
             calibration=self.calibration,
-            training=self.training,
+            training=samples,
             loss=lambda outputs, batch: functional.cross_entropy(outputs, batch[1]),
         )
 
@@ -110,17 +119,28 @@ def macs(model: nn.Module) -> int:
 # --- ours ------------------------------------------------------------------------------------------------------------
 
 
-def ours(subject: Subject, pipeline: str) -> nn.Module:
-    done = fxc.PassManager(pipeline, instruments=[]).run(subject.program, subject.task)
+def ours(subject: Subject, share: float, criterion: str, way: str) -> nn.Module:
+    select = f"select-channels{{macs={share} criterion={measured(subject, criterion)}}}"
+    passes = {"alone": "remove-channels", "compensate": "compensate,remove-channels"}[way]
+    done = fxc.PassManager(f"{select},{passes}", instruments=[]).run(subject.program, subject.task)
     return done.program.emit()
 
 
+@cache
+def measured(subject: Subject, name: str) -> str:
+    """The name of a criterion that gives what another one says: measured once, for all shares and ways."""
+    found, batches = criteria.criterion_of(name), SAMPLES if name in SAMPLED else BATCHES
+    evidence = criteria.Evidence(subject.program, subject.program.analyze("channels"), subject.task, batches)
+    scores = found.measure(evidence)
+    criteria.criterion(f"measured-{name}", scale=found.scale)(lambda evidence: scores)
+    return f"measured-{name}"
+
+
 def our_runs(subject: Subject, share: float) -> Iterator[tuple[str, str, Callable[[], nn.Module]]]:
-    """Criterion, way and work, with every option but ``scope`` at its default."""
-    for criterion in (*NO_DATA, *FROM_DATA):
-        select = f"select-channels{{macs={share} criterion={criterion} scope=global}}"
-        for way, passes in (("alone", "remove-channels"), ("compensate", "compensate,remove-channels")):
-            yield criterion, way, lambda text=f"{select},{passes}": ours(subject, text)
+    """Criterion, way and work, with every other option at its default."""
+    for name in (*NO_DATA, *FROM_DATA):
+        for way in ("alone", "compensate"):
+            yield name, way, lambda name=name, way=way: ours(subject, share, name, way)
 
 
 # --- Torch-Pruning ---------------------------------------------------------------------------------------------------
@@ -284,21 +304,21 @@ def draw(rows: list[dict[str, Any]]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    colours = {name: f"C{number}" for number, name in enumerate((*NO_DATA, *FROM_DATA))}
+    figure, axes = pyplot.subplots(figsize=(9, 5))
+    colours = dict(zip((*NO_DATA, *FROM_DATA), pyplot.get_cmap("tab20").colors, strict=False))
     colours |= {theirs: colours[own] for own, theirs in SAME.items()}
-    for tool, style in (("ours", "-"), ("theirs", ":")):
+    shares = sorted({row["share"] for row in rows}, reverse=True)
+    for tool, style, shown in (("ours", "-", "fxcompress"), ("theirs", ":", "Torch-Pruning")):
         for criterion in dict.fromkeys(row["criterion"] for row in rows if row["tool"] == tool):
-            shares = sorted({row["share"] for row in rows})
-            points = [best(rows, share, tool, criterion) for share in shares]
-            heights = [100.0 if point is None else point["agreement"] for point in points]
+            points = [(share, best(rows, share, tool, criterion)) for share in shares]
+            known = [(100 * (1 - share), point["agreement"]) for share, point in points if point is not None]
             axes.plot(
-                [*(100 * (1 - share) for share in shares), 0], [*heights, 100], style, marker="o", markersize=3,
-                color=colours[criterion], label=f"{'fxcompress' if tool == 'ours' else 'Torch-Pruning'} {criterion}",
+                *zip((0, 100), *known, strict=True), style, marker="o", markersize=3, color=colours[criterion],
+                label=f"{shown} {criterion}",
             )  # fmt: skip
     axes.set(xlabel="% fewer MACs", ylabel="top-1 agreement with the whole network, %", ylim=(0, 101))
     axes.set_title("EfficientNet-Lite0, one-shot: best of each criterion's ways")
-    axes.legend(fontsize=7, ncols=2)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     figure.savefig(RESULTS / "one_shot_quality.png", dpi=130)
 

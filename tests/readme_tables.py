@@ -59,7 +59,32 @@ def trace_time():
     return github(rows, ("model", "depth", "nodes", "export s", "rest s", "ratio", "rest ms / node"))
 
 
-TABLES = {function.__name__: function for function in (passes, layers, exports, coverage, trace_time)}
+def one_shot_quality():
+    """At each share of MACs: ours alone / with compensate / the best of Torch-Pruning's scopes."""
+    rows = results("one_shot_quality")["rows"]
+    shares = sorted({row["share"] for row in rows}, reverse=True)
+    peers = {"fisher": "hessian"}
+
+    def best(tool, criterion, share, ways):
+        found = [
+            row["agreement"] for row in rows
+            if row["tool"] == tool and row["share"] == share and criterion in (row["criterion"], "best")
+            and (not ways or row["way"] in ways)
+        ]  # fmt: skip
+        return f"{max(found):.1f}" if found else "-"
+
+    def cell(criterion, share):
+        ours = [best("ours", criterion, share, [way]) for way in ("alone", "compensate")]
+        return " / ".join([*ours, best("theirs", peers.get(criterion, criterion), share, [])])
+
+    criteria = ["best", *dict.fromkeys(row["criterion"] for row in rows if row["tool"] == "ours")]
+    return github(
+        [(criterion, *(cell(criterion, share) for share in shares)) for criterion in criteria],
+        ("criterion", *(f"{share:.0%} of MACs" for share in shares)),
+    )
+
+
+TABLES = {function.__name__: function for function in (passes, layers, exports, coverage, trace_time, one_shot_quality)}
 
 
 def rendered(text):
