@@ -470,7 +470,9 @@ def test_keeps_dtype_and_what_is_trained():
     x = inputs(64, 3).to(torch.bfloat16)
 
     after = (
-        PassManager("select-channels{criterion=l2},compensate,remove-channels").run(trace(model, x), Task(calibration=[x])).program
+        PassManager("select-channels{criterion=l2},compensate,remove-channels")
+        .run(trace(model, x), Task(calibration=[x]))
+        .program
     )
 
     new = after.graph_module.get_submodule("2")
