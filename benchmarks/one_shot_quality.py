@@ -8,7 +8,9 @@ MACs below the same target. Both get the same crops, labels (the whole network's
 PyTorch's own counter.
 
     python benchmarks/one_shot_quality.py
-    python benchmarks/one_shot_quality.py --only 'ours fisher*' --macs 0.8 --crops 4
+    python benchmarks/one_shot_quality.py --only 'ours fisher*' --macs 0.8 --crops 4 --log rows.jsonl
+
+Seconds are of one processor; a criterion is measured once, in its first row.
 """
 
 from __future__ import annotations
