@@ -99,7 +99,7 @@ NETWORKS: dict[str, Callable[[], Network]] = {
     "ResNet-18": functools.partial(_image, "torchvision", "resnet18"),
     "ResNet-50": functools.partial(_image, "torchvision", "resnet50"),
     "ResNet-50 half": functools.partial(
-        _image, "torchvision", "resnet50", slimming="select-channels{ratio=0.5 criterion=l2 round-to=16},remove-channels,"
+        _image, "torchvision", "resnet50", slimming="select-channels{criterion=l2 round-to=16},remove-channels,"
     ),
     "MobileNetV2": functools.partial(_image, "torchvision", "mobilenet_v2"),
     "EfficientNet-Lite0": functools.partial(_image, "timm", "tf_efficientnet_lite0"),
