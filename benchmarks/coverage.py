@@ -1,9 +1,10 @@
-"""Coverage: every model of the zoo through the checks of capture, or those of channel removal.
+"""Coverage: every model of the zoo through the checks of capture, those of channel removal, or a peer's removal.
 
 One process a model, memory-capped, resumable: results are appended to ``results/KIND_coverage.jsonl`` as they come, and
 models that are in it already are skipped. ``--only PATTERN`` narrows the run, ``--again`` runs failures anew.
 
     python benchmarks/coverage.py
+    python benchmarks/coverage.py peer       # optional, Torch-Pruning: shown beside removal
     python benchmarks/coverage.py removal
     python benchmarks/coverage.py --only 'timm:*vit*' --jobs 2
 """
@@ -29,10 +30,10 @@ from typing import Any
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-KINDS = {"capture": "coverage", "removal": "removal_coverage"}
+KINDS = {"capture": "coverage", "removal": "removal_coverage", "peer": "peer_coverage"}
 """Kind of checks -> name of its results."""
 
-PRELOADED = ["torch", "torchvision", "timm", "transformers", "networkx", "sympy", "fxcompress", "zoo"]
+PRELOADED = ["torch", "torchvision", "timm", "transformers", "networkx", "sympy", "fxcompress", "zoo", "warm"]
 MEMORY_GB = 14
 TIMEOUT_S = 900
 MACS_TARGET = 0.35
@@ -59,7 +60,8 @@ def run_all(checks: str, pattern: str, jobs: int, again: bool) -> int:
     wanted = [name for name in zoo.names() if fnmatch.fnmatch(name, pattern)]
     log = RESULTS / f"{KINDS[checks]}.jsonl"
     RESULTS.mkdir(exist_ok=True)
-    os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])  # for what is preloaded
+    os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", PYTHONPATH=path)
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
     done = {row["model"]: row for row in read_results(log)}
     pending = [name for name in wanted if name not in done or (again and not done[name]["ok"])]
@@ -70,13 +72,22 @@ def run_all(checks: str, pattern: str, jobs: int, again: bool) -> int:
             done[row["model"]] = row
             sink.write(json.dumps(row) + "\n")
             sink.flush()
-    rows = [done[name] for name in wanted]
+    peer_rows = read_results(RESULTS / f"{KINDS['peer']}.jsonl") if checks == "removal" else []
+    peers = {row["model"]: row for row in peer_rows}
+    rows = [{**done[name], **beside(peers.get(name))} for name in wanted]
     summarise(KINDS[checks], rows)
     return 0 if all(row["ok"] for row in rows) else 1
 
 
 def read_results(log: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def beside(peer: dict[str, Any] | None) -> dict[str, Any]:
+    """What a row of removal says of the peer, which runs apart: MACs left, or why it failed."""
+    if peer is None:
+        return {}
+    return {"peer_macs_ratio": peer["peer_macs_ratio"]} if peer["ok"] else {"peer_failed": peer["failed"]}
 
 
 def in_process(name: str, checks: str) -> dict[str, Any]:
@@ -139,7 +150,9 @@ def examine(name: str, checks: str) -> dict[str, Any]:
         subject = zoo.build(name)
         stages = kind.ISLAND_CHECKS if subject.islands else kind.CHECKS
         for stage in stages:
+            begun = time.process_time()
             row.update(stages[stage](subject, row))
+            row[f"{stage}_cpu_s"] = round(time.process_time() - begun, 1)
         row["ok"] = True
     except Exception as error:
         row["failed"] = f"{stage}: {type(error).__name__}: {str(error)[:600]}"

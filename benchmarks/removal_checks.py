@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import signal
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import capture_checks
 
-PIPELINE = "select-channels{ratio=0.5},remove-channels"
-PEER_SECONDS = 100
+PIPELINE = "select-channels{{ratio=0.5 criterion={}}},remove-channels"
 
 
 def check_removal(subject: Any, row: dict[str, Any]) -> dict[str, Any]:
@@ -27,12 +22,13 @@ def check_removal(subject: Any, row: dict[str, Any]) -> dict[str, Any]:
 def removed(program: Any) -> dict[str, Any]:
     import fxcompress as fxc
 
-    result = fxc.PassManager(PIPELINE).run(program)
+    meta = any(parameter.is_meta for parameter in program.graph_module.parameters())
+    result = fxc.PassManager(PIPELINE.format("random" if meta else "l2")).run(program)  # on meta, no weights to compare
     before, after = fxc.analyze(program, "cost"), fxc.analyze(result.program, "cost")
     return {
         "_program": result.program, "nodes": len(program.graph.nodes), "macs": before.macs, "params": before.params,
         "macs_ratio": after.macs / before.macs, "params_ratio": after.params / before.params,
-        "meta": any(parameter.is_meta for parameter in program.graph_module.parameters()),
+        "meta": meta,
         "barriers": sorted({d.message.split()[0] for d in fxc.analyze(program, "channels").diagnostics}),
     }  # fmt: skip
 
@@ -70,50 +66,6 @@ def exported(program: Any) -> None:
             fxc.export(program, Path(folder) / name)
 
 
-def check_peer(subject: Any, row: dict[str, Any]) -> dict[str, Any]:
-    """Torch-Pruning's default pruner at the same ratio, where it is installed: MACs left, or why it failed."""
-    try:
-        import torch_pruning
-    except ImportError:
-        return {}
-    if row["meta"] or subject.kwargs:
-        return {}
-    model = copy.deepcopy(subject.model)
-    try:
-        with time_limit(PEER_SECONDS):
-            before, _ = torch_pruning.utils.count_ops_and_params(model, subject.args)
-            head = [module for name, module in model.named_modules() if is_head(name, module)]
-            pruner = torch_pruning.pruner.MagnitudePruner(
-                model, subject.args, importance=torch_pruning.importance.MagnitudeImportance(p=2),
-                pruning_ratio=0.5, ignored_layers=head,
-            )  # fmt: skip
-            pruner.step()
-            model(*subject.args)
-            after, _ = torch_pruning.utils.count_ops_and_params(model, subject.args)
-    except Exception as error:
-        return {"peer_failed": f"{type(error).__name__}: {str(error)[:200]}"}
-    return {"peer_macs_ratio": after / before}
-
-
-def is_head(name: str, module: Any) -> bool:
-    """A layer that gives the classes must keep its outputs; Torch-Pruning has to be told."""
-    return getattr(module, "out_features", getattr(module, "out_channels", None)) in (1000, 21, 400)
-
-
-@contextlib.contextmanager
-def time_limit(seconds: int) -> Iterator[None]:
-    def expire(signum: int, frame: Any) -> None:
-        raise TimeoutError(f"more than {seconds} s")
-
-    previous = signal.signal(signal.SIGALRM, expire)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
-
-
 def check_islands(subject: Any, row: dict[str, Any]) -> dict[str, Any]:
     """Each captured part by itself, its interface kept."""
     import fxcompress as fxc
@@ -131,5 +83,5 @@ def check_islands(subject: Any, row: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-CHECKS = {"removal": check_removal, "training": check_training, "exports": check_exports, "peer": check_peer}
+CHECKS = {"removal": check_removal, "training": check_training, "exports": check_exports}
 ISLAND_CHECKS = {"islands": check_islands}

@@ -301,8 +301,9 @@ def _refill(value: float, *overloads: Any) -> None:
 
 
 _refill(-math.inf, aten.softmax.int, aten._softmax.default, aten._safe_softmax.default, aten.log_softmax.int,
-        aten._log_softmax.default, aten.logsumexp.default, aten.amax.default, aten.max.default)  # fmt: skip
-_refill(math.inf, aten.amin.default, aten.min.default)
+        aten._log_softmax.default, aten.logsumexp.default, aten.amax.default, aten.max.default,
+        aten.max.dim)  # fmt: skip
+_refill(math.inf, aten.amin.default, aten.min.default, aten.min.dim)
 _refill(1, aten.prod.default, aten.prod.dim_int, aten.all.default, aten.all.dim, aten.all.dims)
 
 

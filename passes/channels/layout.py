@@ -99,6 +99,13 @@ def is_dynamic(size: int) -> bool:
     return size >= 1 << 21
 
 
+def factor_of(size: int | torch.SymInt) -> int:
+    """What is known of a size: itself, or the number that a symbolic one is a multiple of (4 for batch * 4)."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    return int(size.node.expr.as_content_primitive()[0])
+
+
 class Sizes:
     """Concrete integers for symbolic sizes: equal expressions get equal numbers, others different ones."""
 

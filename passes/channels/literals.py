@@ -143,17 +143,11 @@ def pad(edit: Edit) -> None:
 @rewrite(
     aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
     aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
+    aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input,
 )  # fmt: skip
 def convolution(edit: Edit) -> None:
     """As many groups as stay."""
-    if edit["groups"] > 1:
-        edit.set("groups", edit.rows(edit.layout("weight")[0], edit["groups"]))
-
-
-@rewrite(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
-def transposed(edit: Edit) -> None:
-    """As many groups as stay."""
-    if edit["groups"] > 1:
+    if isinstance(edit["groups"], int) and edit["groups"] > 1:
         edit.set("groups", edit.rows(edit.layout("weight")[0], edit["groups"]))
 
 

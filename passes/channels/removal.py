@@ -12,7 +12,7 @@ from fxcompress.passes.channels import literals
 from fxcompress.passes.channels.elements import Survivors
 from fxcompress.passes.channels.groups import ChannelReport
 from fxcompress.passes.channels.layout import Layout
-from fxcompress.passes.channels.rewrites import Edit, read_constant, rewrite_of, scaled_size
+from fxcompress.passes.channels.rewrites import Edit, Rewrite, read_constant, rewrite_of, scaled_size
 from fxcompress.passes.channels.units import Mask
 from torch import fx, nn
 
@@ -43,12 +43,8 @@ def remove(program: Program, report: ChannelReport, removed: Mask) -> None:
     for node in nodes:
         if node.name in report.permutations:
             _permute(root, node, report, survivors)
-        elif node.name in report.layouts:
-            overload = overload_of(root, node)
-            change = None if overload is None else rewrite_of(overload)
-            call = None if change is None else operation(root, node)
-            if change is not None and call is not None:
-                change(Edit(call, report, survivors, root))
+    for edit, change in list(_edits(root, nodes, report, survivors)):  # all before any: calls may share a module
+        change(edit)
     replace_states(root, dict(_sliced_state(root, report, survivors)))
     values = _Values(survivors)
     for node in nodes:
@@ -57,6 +53,19 @@ def remove(program: Program, report: ChannelReport, removed: Mask) -> None:
         values.shrink(node, report.layouts.get(node.name))
     eliminate_dead(program.graph)
     drop_unread_state(root)
+
+
+def _edits(
+    root: fx.GraphModule, nodes: list[fx.Node], report: ChannelReport, survivors: Survivors
+) -> Iterator[tuple[Edit, Rewrite]]:
+    """What there is to rewrite, with all arguments as they were."""
+    for node in nodes:
+        if node.name in report.layouts and node.name not in report.permutations:
+            overload = overload_of(root, node)
+            change = None if overload is None else rewrite_of(overload)
+            call = None if change is None else operation(root, node)
+            if change is not None and call is not None:
+                yield Edit(call, report, survivors, root), change
 
 
 def _restate(module: nn.Module) -> None:

@@ -20,6 +20,14 @@ def embedding(call: Call) -> Layout:
     return (*indices, weight[1])
 
 
+@rule(aten.embedding_bag.default, aten.embedding_bag.padding_idx)
+def embedding_bag(call: Call) -> list[Layout]:
+    """Rows are looked up by data and reduced to one a bag; the other results are about rows."""
+    weight = call.layout("weight")
+    call.keep(weight[0])
+    return [(call.positions()[0], weight[1]), *(call.positions(index) for index in range(1, len(call.shapes)))]
+
+
 @rule(aten.index_select.default)
 def index_select(call: Call) -> Layout:
     """Elements of a dim by number: numbers that are data keep them all, constant ones take units along."""
@@ -41,10 +49,14 @@ def index(call: Call) -> Layout:
     constant = call.constant(call["indices"][places[0]])
     if len(places) == 1 and constant is not None and constant.dim() == 1 and not is_position(x[places[0]]):
         return replaced(x, {places[0]: call.algebra.taken(x[places[0]], numbers(constant))})
-    indices = [call.layouts[node] for node in call["indices"] if isinstance(node, fx.Node)]
     if _is_mask(call, places):
-        call.keep(*(dim for layout in indices for dim in layout), *x[: len(x)])
-        return call.positions()
+        return call.barrier()  # type: ignore[return-value]
+    return _looked_up(call, x, places)
+
+
+def _looked_up(call: Call, x: Layout, places: list[int]) -> Layout:
+    """The layout of what indices of some dims find."""
+    indices = [call.layouts[node] for node in call["indices"] if isinstance(node, fx.Node)]
     call.keep(*(x[place] for place in places))
     looked_up = broadcast(call.algebra, indices)
     rest = [dim for place, dim in enumerate(x) if place not in places]
@@ -107,13 +119,49 @@ def gather(call: Call) -> Layout:
     return index
 
 
-@rule(aten.scatter.src, aten.scatter.value, aten.scatter_add.default, aten.index_put.default, aten.index_add.default,
-      aten.masked_scatter.default, aten.scatter_reduce.two, aten.index_copy.default)  # fmt: skip
+@rule(aten.scatter.src, aten.scatter.value, aten.scatter_add.default, aten.scatter_reduce.two)
 def scatter(call: Call) -> Layout:
-    """Writes by number: everything stays."""
-    for layout in call.operands():
-        call.keep(*layout)
-    return call.positions()
+    """Writes along a dim by number: it stays; the other dims must match where all of them are written."""
+    x = call.layout("self")
+    written = [call.layout("index"), *([call.layout("src")] if "src" in call.operation.arguments else [])]
+    _written(call, x, written, normalized_dim(call["dim"], len(x)))
+    return x
+
+
+@rule(aten.index_add.default, aten.index_copy.default)
+def index_add(call: Call) -> Layout:
+    """Whole entries of a dim are written by number: it stays, the other dims match."""
+    x = call.layout("self")
+    call.keep(*call.layout("index"))
+    _written(call, x, [call.layout("source")], normalized_dim(call["dim"], len(x)))
+    return x
+
+
+def _written(call: Call, x: Layout, written: list[Layout], along: int) -> None:
+    for other in written:
+        call.keep(x[along], other[along])
+        for place, (a, b) in enumerate(zip(x, other, strict=True)):
+            if place != along and dim_size(a) == dim_size(b):
+                call.join(a, b)
+            elif place != along:
+                call.keep(a, b)
+
+
+@rule(aten.index_put.default)
+def index_put(call: Call) -> Layout:
+    """Indexed dims stay; the others meet those of the values, as in a lookup."""
+    x = call.layout("self")
+    places = [place for place, value in enumerate(call["indices"]) if value is not None]
+    if _is_mask(call, places):
+        return call.barrier()  # type: ignore[return-value]
+    broadcast(call.algebra, [_looked_up(call, x, places), call.layout("values")])
+    return x
+
+
+@rule(aten.masked_scatter.default)
+def masked_scatter(call: Call) -> Layout:
+    """Values are taken in order, so everything stays."""
+    return call.barrier()  # type: ignore[return-value]
 
 
 @rule(aten.one_hot.default, aten.nonzero.default, aten.bincount.default, aten.histc.default)

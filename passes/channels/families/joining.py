@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from fxcompress.passes.channels.layout import Dim, Layout, dim_size, is_position, position
+from fxcompress.passes.channels.layout import Dim, Layout, dim_size, is_dynamic, is_position, position
 from fxcompress.passes.channels.rules import Call, dropped, normalized_dim, replaced, rule
 
 aten = torch.ops.aten
@@ -57,7 +57,7 @@ def split(call: Call) -> list[Layout]:
 def _piece(call: Call, dim: Dim, start: int, size: int, step: int = 1) -> Dim:
     if is_position(dim):
         return position(size)
-    if dim_size(dim) > 1 << 22:
+    if is_dynamic(dim_size(dim)):
         call.keep(dim)
         return position(size)
     return call.algebra.taken(dim, slice(start, start + (size - 1) * step + 1, step))
@@ -105,7 +105,7 @@ def select(call: Call) -> Layout:
     x = call.layout("self")
     dim = normalized_dim(call["dim"], len(x))
     if not is_position(x[dim]):
-        if not isinstance(call["index"], int):
+        if not isinstance(call["index"], int) or is_dynamic(dim_size(x[dim])):
             call.keep(x[dim])
         else:
             index = call["index"] % dim_size(x[dim])

@@ -85,9 +85,19 @@ def paired_reduction(call: Call) -> list[Layout]:
     return [layout, layout]
 
 
-@rule(aten.max.dim, aten.min.dim, aten.median.dim, aten.mode.default, aten.kthvalue.default)
+@rule(aten.max.dim, aten.min.dim)
 def extreme(call: Call) -> list[Layout]:
-    """A value and its place: the dim stays, since places are numbered."""
+    """A value and its place: the dim stays where anything reads places, since they are numbered."""
+    x = call.layout("self")
+    if any(user.args[1] == 1 for user in call.operation.node.users):
+        call.keep(x[normalized_dim(call["dim"], len(x))])
+    layout = dropped(x, [call["dim"]], call["keepdim"])
+    return [layout, layout]
+
+
+@rule(aten.median.dim, aten.mode.default, aten.kthvalue.default)
+def ranked(call: Call) -> list[Layout]:
+    """A value whose rank counts what is beside it, and its place: the dim stays."""
     x = call.layout("self")
     call.keep(x[normalized_dim(call["dim"], len(x))])
     layout = dropped(x, [call["dim"]], call["keepdim"])
