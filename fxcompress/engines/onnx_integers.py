@@ -21,11 +21,13 @@ def drop_zero_points(file: Path) -> None:
     held = _initializers(model)
     signed = (onnx.TensorProto.INT8, onnx.TensorProto.INT4)
     for node in model.graph.node:
-        if node.op_type == "DequantizeLinear" and len(node.input) > 2:
-            integers, zero_point = held.get(node.input[0]), held.get(node.input[2])
-            known = integers is not None and integers.data_type in signed and zero_point is not None
-            if known and not onnx.numpy_helper.to_array(zero_point).any():
-                del node.input[2]
+        if node.op_type != "DequantizeLinear" or len(node.input) < 3:
+            continue
+        integers, zero_point = held.get(node.input[0]), held.get(node.input[2])
+        if integers is None or zero_point is None or integers.data_type not in signed:
+            continue
+        if not onnx.numpy_helper.to_array(zero_point).any():
+            del node.input[2]
     onnx.save(model, file)
 
 
