@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from fxcompress.passes.calibrated.progress import shown_batches
 from fxcompress.passes.quantization.grid import Grid, Range
 from fxcompress.passes.quantization.observers import Observer, observer_of
-from rich.console import Console
-from rich.progress import track
 from torch import fx
 
 from fxcompress.calibration import calibration_stream
@@ -112,8 +111,9 @@ class Ranges(Analysis[RangeReport]):
 
     def run(self, program: Program, task: Task | None) -> RangeReport:
         observe = _Observation(program.graph_module, observer_of(self.observer))
+        batches = calibration_stream(program, task, self.name, self.batches)
         rows = 0
-        for index, leaves in enumerate(_shown(calibration_stream(program, task, self.name, self.batches))):
+        for index, leaves in enumerate(shown_batches(batches, self.name)):
             observe.batch = index
             with torch.no_grad(), seeded():
                 observe.run(*leaves)
@@ -131,13 +131,6 @@ class Ranges(Analysis[RangeReport]):
 def _rows(program: Program, leaves: list[Any]) -> int:
     """Samples in a batch; a batch without a batch dim is one."""
     return next((leaves[index].shape[dim] for index, dim in program.interface.batch.items()), 1)
-
-
-def _shown(batches: Iterator[list[Any]]) -> Iterator[list[Any]]:
-    """The batches, with a progress bar where someone looks on."""
-    console = Console(stderr=True)
-    hidden = not console.is_terminal
-    yield from track(batches, Ranges.name, console=console, transient=True, disable=hidden)
 
 
 class _Observation(fx.Interpreter):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeVar
 
 from fxcompress.passes.calibrated.streams import Streams
 from rich.console import Console
 from rich.progress import track
 from torch import fx
+
+Batch = TypeVar("Batch")
 
 
 def shown(streams: Streams, name: str) -> Iterator[fx.Node]:
@@ -15,3 +18,9 @@ def shown(streams: Streams, name: str) -> Iterator[fx.Node]:
     console = Console(stderr=True)
     hidden = not console.is_terminal
     yield from track(streams, name, len(streams), console=console, transient=True, disable=hidden)
+
+
+def shown_batches(batches: Iterator[Batch], name: str) -> Iterator[Batch]:
+    """The batches, with a progress bar of that name on a terminal."""
+    console = Console(stderr=True)
+    yield from track(batches, name, console=console, transient=True, disable=not console.is_terminal)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from fxcompress.passes.calibrated.rounding import WeightGrid
 from fxcompress.passes.quantization.nodes import quantized
 from torch import fx, nn
 
@@ -44,6 +45,19 @@ class QuantizedLayer:
     def weight(self, root: fx.GraphModule) -> torch.Tensor:
         """The weight in floating point."""
         return get_state(root, self.name)
+
+    def grid(self, root: fx.GraphModule) -> WeightGrid:
+        """The grid of its weight; the scale broadcasts to it."""
+        dequantize = self.layer.operation["weight"]
+        _, scale, _, axis, low, high, *_ = dequantize.args
+        weight = self.weight(root)
+        shape = [-1 if dim == axis else 1 for dim in range(weight.dim())]
+        return WeightGrid(get_state(root, str(scale.target)).reshape(shape), low, high)
+
+    def put_weight(self, root: fx.GraphModule, weight: torch.Tensor) -> None:
+        """Takes other weights, in floating point."""
+        old = self.weight(root)
+        replace_state(root, old, successor(old, weight))
 
     def shift_bias(self, root: fx.GraphModule, shift: torch.Tensor) -> None:
         """Adds to the bias, one value per output channel; makes one where there is none."""
