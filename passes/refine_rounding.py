@@ -8,6 +8,7 @@ the data say, is in :mod:`fxcompress.passes.calibrated.rounding`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -32,6 +33,9 @@ from fxcompress.task import Task
 PENALTIES = (1.0, 0.1, 0.01)
 """Penalties to choose from, strongest first."""
 
+_PER_INPUT = 64
+"""Places for each input of a filter: more say little, and a depthwise layer copies its inputs for each tap."""
+
 
 @dataclass(frozen=True)
 class RefineRounding(Transform):
@@ -44,7 +48,7 @@ class RefineRounding(Transform):
 
     Attributes:
         batches: How many of the task's calibration batches to use; all of them are in memory together.
-        places: How many places of each layer's output to look at, over all batches.
+        places: How many places of each layer's output to look at, over all batches, at most.
         sweeps: How often each weight may change its mind.
         seed: Seed of the choice of places.
     """
@@ -98,15 +102,23 @@ class RefineRounding(Transform):
     def _halves(self, streams: Streams, layer: WeightedLayer, generator: torch.Generator) -> list[Moments]:
         """Moments of what a layer's filters see, in two halves of the batches."""
         pairs = list(streams.pairs(layer.operation["input"], layer.node))
+        count = min(self.places, _PER_INPUT * max(16, _inputs(layer))) // len(pairs)
         halves: list[Moments | None] = [None, None]
         for index, (x, y) in enumerate(pairs):
-            found = sample(layer, x, y, {}, max(self.places // len(pairs), 2), generator)
+            found = sample(layer, x, y, {}, max(count, 2), generator)
             inputs, nothing = found.inputs.flatten(2), found.outputs[:, :, :0]
             second = found.position >= 0.5 if len(pairs) == 1 else torch.full(found.position.shape, index % 2 == 1)
             for half, chosen in enumerate((~second, second)):
                 known = halves[half] or Moments.zero(inputs.new_empty(*inputs.shape[1:], 0, dtype=torch.float64))
                 halves[half] = known.add(inputs[chosen], nothing[chosen])
         return [half for half in halves if half is not None]
+
+
+def _inputs(layer: WeightedLayer) -> int:
+    """Inputs of each filter, taps included."""
+    weight = layer.operation["weight"].meta["val"]
+    inputs = weight.shape[0] // layer.layout.groups if layer.layout.transposed else weight.shape[1]
+    return int(inputs * math.prod(layer.kernel))
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,11 @@ from fxcompress.pipeline.text import Pipeline, as_pipeline, parse
 
 RECIPES: Mapping[str, str] = {
     "default": "eliminate-dead,fold-constants,fold-batchnorm",
+    "int8": ("eliminate-dead,fold-constants,fold-batchnorm,equalize,insert-qdq,correct-bias,refine-rounding"),
+    "int8-onnxruntime": (
+        "eliminate-dead,fold-constants,fold-batchnorm,equalize,"
+        "insert-qdq{target=onnxruntime},correct-bias,refine-rounding"
+    ),
 }
 """Recipe name -> pipeline text; no recipe has the name of a pass."""
 
