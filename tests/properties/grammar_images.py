@@ -255,7 +255,8 @@ def u_shape(draw, channels):
 
 
 def twice(draw, channels):
-    return Wire(lambda m, x: m.layer(m.layer(x).relu()), layer=conv(channels, channels, 3)), channels
+    layer = conv(channels, channels, 3, groups=divisor(draw, channels, channels))
+    return Wire(lambda m, x: m.layer(m.layer(x).relu()), layer=layer), channels
 
 
 SIMPLE = (convolution, depthwise, transposed, in_three_dims, normed_weight, by_einsum, norm, activation, scale, shuffle,
