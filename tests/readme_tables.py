@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 from tabulate import tabulate
@@ -84,7 +85,28 @@ def one_shot_quality():
     )
 
 
-TABLES = {function.__name__: function for function in (passes, layers, exports, coverage, trace_time, one_shot_quality)}
+def removal_speed():
+    headers = {
+        "subject": "model", "nodes": "nodes", "ours_s": "ours s", "verified_s": "with checks s",
+        "theirs_s": "Torch-Pruning s", "ratio": "times as fast", "note": "note",
+    }  # fmt: skip
+    models = [row for row in results("removal_speed")["rows"] if row["kind"] == "model"]
+    rows = [["-" if row[column] is None else str(row[column]) for column in headers] for row in models]
+    ratios = [row["ratio"] for row in models if row["ratio"]]
+    above = [row["ratio_above"] for row in models if row["ratio_above"]]
+    rows.append(["geometric mean", *[""] * 4, f"{statistics.geometric_mean(ratios):.1f}", ""])
+    rows.append(["", *[""] * 4, f"> {statistics.geometric_mean([*ratios, *above]):.1f}", "with what did not end"])
+    return github(rows, headers.values())
+
+
+def removal_growth():
+    rows = [row for row in results("removal_speed")["rows"] if row["kind"] == "llama"]
+    columns = ("subject", "nodes", "ours_s", "ms_per_node")
+    return github([[str(row[column]) for column in columns] for row in rows], ("model", "nodes", "s", "ms / node"))
+
+
+_MADE = (passes, layers, exports, coverage, trace_time, one_shot_quality, removal_speed, removal_growth)
+TABLES = {function.__name__: function for function in _MADE}
 
 
 def rendered(text):
