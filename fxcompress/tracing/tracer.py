@@ -185,11 +185,14 @@ def run_model(model: nn.Module, inputs: ExampleInputs) -> Any:
             "function: pass the state as an input, or use fxcompress.trace_islands"
         )
     for leaf in tree_flatten(output)[0]:
-        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and bool(torch.isnan(leaf).any()):
-            raise InputError(
-                f"{type(model).__name__} gives NaN for the example inputs, which nothing can be compared with; pass "
-                "inputs in the model's normal range"
-            )
+        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
+            # masked scores are -Inf on purpose; what overflows is +Inf
+            found = "NaN" if bool(torch.isnan(leaf).any()) else "Inf" if bool(torch.isposinf(leaf).any()) else None
+            if found is not None:
+                raise InputError(
+                    f"{type(model).__name__} gives {found} for the example inputs, which nothing can be compared with; "
+                    "pass inputs in the model's normal range"
+                )
     return output
 
 

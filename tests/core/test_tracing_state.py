@@ -209,3 +209,9 @@ def test_a_control_flow_operator_is_named():
     model = Model(lambda self, x: torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,)))
     with pytest.raises(fxc.CaptureError, match=r"uses cond, a control-flow operator"):
         fxc.trace(model, torch.randn(2, 4))
+
+
+def test_overflow_is_refused_and_masked_scores_are_not():
+    with pytest.raises(fxc.InputError, match="gives Inf for the example inputs"):
+        fxc.trace(Model(lambda self, x: (x.abs() + 1) * 1e38 * 1e38), torch.randn(2, 4))
+    fxc.trace(Model(lambda self, x: x.masked_fill(x > 0, -torch.inf)), torch.randn(2, 4))

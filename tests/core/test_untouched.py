@@ -93,6 +93,10 @@ def norm_without_variance(model):
     model.norm.running_var.fill_(-1.0)
 
 
+def overflow(model):
+    model.conv.register_forward_hook(lambda module, args, out: (out.abs() + 1) * 1e38 * 1e38)
+
+
 def control_flow(model):
     model.conv.register_forward_hook(lambda module, args, out: out * 2 if out.sum() > 0 else out)
 
@@ -113,6 +117,7 @@ BAD_INPUTS = {
     "nan weight": (poisoned(math.nan), lambda: torch.randn(GOOD), INPUT, "'head.bias' holds NaN or Inf"),
     "inf weight": (poisoned(math.inf), lambda: torch.randn(GOOD), INPUT, "'head.bias' holds NaN or Inf"),
     "nan output": (norm_without_variance, lambda: torch.randn(GOOD), INPUT, "gives NaN"),
+    "inf output": (overflow, lambda: torch.randn(GOOD), INPUT, "gives (NaN|Inf)"),
     "control flow": (control_flow, lambda: torch.randn(GOOD), CAPTURE, "trace_islands"),
 }  # fmt: skip
 
