@@ -1,6 +1,8 @@
 import pytest
+import torch
+from models import residual_net
 
-from fxcompress import registry
+from fxcompress import Task, compress, registry
 from fxcompress.errors import InputError, PipelineError
 from fxcompress.pipeline.recipes import RECIPES, choose, recipe
 from fxcompress.pipeline.text import parse
@@ -14,6 +16,21 @@ def test_every_recipe_is_a_pipeline_whose_name_is_no_pass(name):
 
 def test_default_recipe():
     assert RECIPES["default"] == "eliminate-dead,fold-constants,fold-batchnorm"
+
+
+@pytest.mark.parametrize("name", ["int8", "int8-onnxruntime"])
+def test_int8_recipes_quantize_and_correct(name):
+    torch.manual_seed(0)
+    model, x = residual_net().eval(), torch.randn(16, 3, 8, 8)
+    out = compress(model, x[:2], name, task=Task(calibration=list(x.split(8))))
+    text = out.program.text()
+    assert text.count("quantized_decomposed.dequantize_per_channel(") == 7
+    marks = [node.meta.get("done", ()) for node in out.program.nodes]
+    assert sum("correct-bias" in names for names in marks) == 7
+    assert sum("refine-rounding" in names for names in marks) > 0
+    with torch.no_grad():
+        error = (out.model(x) - model(x)).square().sum() / model(x).square().sum()
+    assert float(error) < 10**-3
 
 
 def test_choose_takes_recipes_text_and_pipelines():
