@@ -179,7 +179,7 @@ def _scale_clamp(root: fx.GraphModule, side: Side, factors: torch.Tensor) -> Non
     assert call is not None
     assert limits is not None
     value = side.node.meta["val"]
-    read = []
+    read: list[fx.Node | None] = []
     for end, limit in zip(("min", "max"), limits, strict=True):
         if math.isinf(limit):
             read.append(None)

@@ -139,7 +139,7 @@ class Regions:
         if layer is not None:
             return layer.layout.channel_dim(call.node.meta["val"].dim())
         if call.overload in NORMS and call.parameter("weight") is not None and call["weight"].dim() == 1:
-            return NORMS[call.overload] % call.node.meta["val"].dim()
+            return int(NORMS[call.overload] % call.node.meta["val"].dim())
         return gain_dim(call)
 
     def _read_dim(self, call: Operation, node: fx.Node) -> int | None:
