@@ -15,7 +15,7 @@ from fxcompress.passes.channels.units import Units
 from torch import fx
 from torch._ops import OpOverload
 
-from fxcompress.ir.ops import operation
+from fxcompress.ir.ops import Operation, operation
 from fxcompress.ir.program import Diagnostic, Program
 from fxcompress.pass_base import Analysis
 from fxcompress.task import Task
@@ -96,7 +96,7 @@ class _Walk:
         values = node.meta.get("val")
         if not isinstance(values, (torch.Tensor, list, tuple)):
             for layout in call.operands():
-                self.algebra.freeze(*layout)
+                self.algebra.freeze(*_read(operation_, layout))
             return None
         found = rule_of(operation_.overload)
         if found is None:
@@ -120,3 +120,8 @@ class _Walk:
             return layout
         units = self.algebra.flat(layout[permutation.dim])[permutation.index]
         return (*layout[: permutation.dim], elements(units), *layout[permutation.dim + 1 :])
+
+
+def _read(operation_: Operation, layout: Layout) -> Layout:
+    """The dims that a number depends on, which an operation makes of a tensor."""
+    return (layout[operation_["dim"]],) if operation_.overload is torch.ops.aten.sym_size.int else layout

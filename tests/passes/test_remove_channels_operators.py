@@ -129,3 +129,17 @@ def test_scores_added_to_a_constant_of_all_heads(made):
     after = prune(between(attend, **{name: nn.Linear(8, 8) for name in "qkv"}), TOKENS)
 
     assert shapes(after) == {"stem": (4, 6), "q": (2, 4), "k": (2, 4), "v": (2, 4), "head": (2, 2)}
+
+
+def test_reading_the_size_of_one_dim_keeps_only_that_dim():
+    """Normalizing windows reads their number from a value in the middle; heads and their channels may go."""
+
+    def forward(m, x):
+        heads = m.stem(x.reshape(-1, 6)).reshape(-1, 4, 4)
+        return m.head(F.normalize(heads, dim=-1).reshape(-1, 16)).reshape(-1, 5, 2)
+
+    after = prune(Wire(forward, stem=nn.Linear(6, 16), head=nn.Linear(16, 2)), TOKENS)
+
+    read = [node.args[0].op for node in after.nodes if "sym_size" in str(node.target)]
+    assert set(read) - {"placeholder"}
+    assert shapes(after) == {"stem": (4, 6), "head": (2, 4)}
