@@ -11,7 +11,7 @@ import torch
 from fxcompress.passes.channels.criteria.batches import isolated, observed_inputs
 from fxcompress.passes.channels.criteria.reads import Read, reads
 from fxcompress.passes.channels.criteria.registry import Evidence, criterion
-from fxcompress.passes.channels.criteria.totals import Scores, Totals, carried
+from fxcompress.passes.channels.criteria.totals import Scores, Totals
 from fxcompress.passes.channels.groups import ChannelReport
 from fxcompress.passes.channels.units import NONE, Array
 from torch import fx
@@ -77,8 +77,8 @@ def _ended(read: Read, report: ChannelReport) -> Array:
     layout = report.layouts.get(read.call.node.name)
     if layout is None:
         return read.units
-    onward = np.unique(np.concatenate([carried(report, dim).flatten() for dim in layout]))
-    return np.where(np.isin(read.units, onward), NONE, read.units)
+    onward = [report.resolved(factor).ravel() for dim in layout for factor in dim if not factor.is_position]
+    return np.where(np.isin(read.units, np.concatenate(onward)), NONE, read.units) if onward else read.units
 
 
 @dataclass
