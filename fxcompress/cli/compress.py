@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from fxcompress import digits
 from fxcompress.cli.models import LoadedModel
@@ -17,7 +17,9 @@ from fxcompress.cli.options import MODEL_HELP, add, command, loaded, parts_line,
 from fxcompress.cli.output_folder import output_folder
 from fxcompress.cli.terminal import Terminal
 from fxcompress.compress import Compressed, compress
+from fxcompress.engines.compile import AUTO, compile
 from fxcompress.engines.export import export
+from fxcompress.engines.integers import is_quantized
 from fxcompress.engines.latency import Latency, measure
 from fxcompress.errors import FxCompressError, InputError
 from fxcompress.ir.program import Program
@@ -29,6 +31,7 @@ from fxcompress.staging import staged
 from fxcompress.task import Task
 from fxcompress.tracing import PartialProgram
 
+_BUILT_IN_RECIPE = "half-int8"
 _SHOWN_REFUSALS = 8
 _TRUSTED_SPREAD = 0.3
 _BUSY = " (the machine is busy: measure again when it is not)"
@@ -49,6 +52,23 @@ class Job:
     model: Program | PartialProgram
     task: Task | None = None
     test: Callable[[nn.Module], float] | None = None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Latency of a model before and after, in turns.
+
+    Attributes:
+        engine: What ran both.
+        called: With what inputs.
+        before: Of the model as it was.
+        after: Of the compressed model.
+    """
+
+    engine: str
+    called: str
+    before: Latency
+    after: Latency
 
 
 def add_to(commands: Any) -> None:
@@ -76,10 +96,10 @@ def run(options: argparse.Namespace, terminal: Terminal) -> None:
         job = _given(options, terminal) if options.model else _digits(options, terminal)
         with terminal.working(f"compressing {job.name}: {pipeline}"):
             out = compress(job.model, pipeline=pipeline, task=job.task)
-        before, after = _latency(out, options.batch, terminal)
-        out = replace(out, report=_completed(out, job, before, after, options.batch))
+        timing = _timing(out, options.batch, terminal)
+        out = replace(out, report=_completed(out, job, timing))
         _show(out.report, terminal)
-        terminal.line(_latency_line(before, after))
+        terminal.line(_latency_line(timing))
         if isinstance(out.before, PartialProgram):
             terminal.line(parts_line(out.before))
         missing = _write(out, folder, terminal)
@@ -88,7 +108,9 @@ def run(options: argparse.Namespace, terminal: Terminal) -> None:
 
 
 def _pipeline(options: argparse.Namespace) -> Pipeline:
-    return choose(options.pipeline) if options.pipeline is not None else recipe(options.recipe or "default")
+    if options.pipeline is not None:
+        return choose(options.pipeline)
+    return recipe(options.recipe or ("default" if options.model else _BUILT_IN_RECIPE))
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -122,30 +144,33 @@ def _digits(options: argparse.Namespace, terminal: Terminal) -> Job:
     return Job(found.name, traced(found, terminal), data.task(), lambda module: digits.top1(module, data.test))
 
 
-def _latency(out: Compressed, batch: int, terminal: Terminal) -> tuple[Latency, Latency]:
+def _timing(out: Compressed, batch: int, terminal: Terminal) -> Timing:
     before = out.before
     # The code around islands takes its inputs in a form of its own: what a row of them is, nobody says.
     args, kwargs = before.interface.resized(batch) if isinstance(before, Program) else (before.args, before.kwargs)
-    calls = {
-        "before": partial(before.emit(), *args, **kwargs),
-        "after": partial(out.model, *args, **kwargs),
-    }
+    engine, models = "eager", (before.emit(), out.model)
+    if isinstance(before, Program) and isinstance(out.model, fx.GraphModule) and is_quantized(out.model):
+        with terminal.working("preparing engines"):
+            fastest = compile(out.model, AUTO)  # eager only emulates integers
+            engine, models = fastest.engine, (compile(before, fastest.engine), fastest)
+    calls = {name: partial(model, *args, **kwargs) for name, model in zip(("before", "after"), models, strict=True)}
     with terminal.progress("measuring latency", "rounds") as bar:
         found = measure(calls, on_round=bar)
-    return found["before"], found["after"]
+    return Timing(engine, f"batch {batch}" if isinstance(before, Program) else "example inputs", **found)
 
 
-def _completed(out: Compressed, job: Job, before: Latency, after: Latency, batch: int) -> Report:
+def _completed(out: Compressed, job: Job, timing: Timing) -> Report:
     """The report with what the command measured."""
     measures = list(out.report.measures)
     if job.test is not None:
         measures.append(Measure("top-1 (test)", job.test(out.before.emit()), job.test(out.model), "%"))
-    called = f"batch {batch}" if isinstance(out.before, Program) else "example inputs"
-    measures.append(Measure(f"latency (eager, {called})", before.median * 1e3, after.median * 1e3, "ms"))
+    name = f"latency ({timing.engine}, {timing.called})"
+    measures.append(Measure(name, timing.before.median * 1e3, timing.after.median * 1e3, "ms"))
     return replace(out.report, title=job.name, measures=tuple(measures))
 
 
-def _latency_line(before: Latency, after: Latency) -> str:
+def _latency_line(timing: Timing) -> str:
+    before, after = timing.before, timing.after
     spread = max(before.spread, after.spread) / 2
     return (
         f"\nlatency: {after.speedup_over(before):.2f}x as fast; medians of {len(after.samples)} interleaved rounds, "

@@ -30,7 +30,10 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "help": f"an example input without its batch dim ({BATCH} rows are made), in the form {SYNTAX}; "
         "once for each input (default: what the model's source declares)",
     },
-    "--recipe": {"metavar": "NAME", "help": f"pipeline by name: {', '.join(RECIPES)} (default: default)"},
+    "--recipe": {
+        "metavar": "NAME",
+        "help": f"pipeline by name: {', '.join(RECIPES)} (default: default, or half-int8 for the built-in task)",
+    },
     "--pipeline": {"metavar": "TEXT", "help": "passes to run, such as 'fold-constants,fold-batchnorm'"},
     "--rounds": {"type": int, "default": 25, "metavar": "N", "help": "rounds of measurements at most (default: 25)"},
     "--seed": {"type": int, "default": 0, "metavar": "N", "help": "seed of random weights and inputs (default: 0)"},

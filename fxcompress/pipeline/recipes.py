@@ -16,6 +16,10 @@ RECIPES: Mapping[str, str] = {
         "eliminate-dead,fold-constants,fold-batchnorm,equalize,"
         "insert-qdq{target=onnxruntime},correct-bias,refine-rounding"
     ),
+    "half-int8": (
+        "eliminate-dead,fold-constants,select-channels,remove-channels,train{epochs=8 rate=0.02 optimizer=sgd},"
+        "fold-batchnorm,insert-qdq{target=onnxruntime},correct-bias"
+    ),
 }
 """Recipe name -> pipeline text; no recipe has the name of a pass."""
 

@@ -60,16 +60,19 @@ def test_built_in_task_trains_compresses_measures_and_writes(tmp_path, monkeypat
     assert main(["compress", "--epochs", "1"]) == 0
     out = capsys.readouterr().out
     rows = {line.split("  ")[0]: line for line in out.splitlines()}
-    for name in ("params", "MACs", "weights", "top-1 (validation)", "top-1 (test)", "latency (eager, batch 1)"):
+    for name in ("params", "MACs", "weights", "top-1 (validation)", "top-1 (test)"):
         assert name in rows
+    assert any(f"latency ({engine}, batch 1)" in rows for engine in ("onnxruntime", "openvino", "eager"))
     assert "174.970 k" in rows["params"]
+    assert "-74.9 %" in rows["params"]
     assert "folded 15" in rows["fold-batchnorm"]
+    assert "layers 16" in next(line for name, line in rows.items() if name.startswith("insert-qdq"))
     assert "x as fast; medians of" in out
     folder = tmp_path / "fxcompress-out"
     assert files(folder) == ["model.onnx", "model.pt2", "report.html", "report.json"]
     assert all(f"fxcompress-out/{name}" in out for name in files(folder))
     measures = {each["name"]: each for each in json.loads((folder / "report.json").read_text())["measures"]}
-    assert measures["top-1 (test)"]["before"] == pytest.approx(measures["top-1 (test)"]["after"], abs=0.3)
+    assert measures["top-1 (test)"]["after"] > measures["top-1 (test)"]["before"] - 2
     program = fxc.load(folder / "model.pt2")
     assert digits.top1(program.emit(), digits.load_digits().test) == pytest.approx(measures["top-1 (test)"]["after"])
 
