@@ -205,6 +205,10 @@ def test_a_value_cached_by_a_forward_is_computed_in_the_graph():
     assert torch.equal(program(x), model(x))
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14),
+    reason="torch.export of 2.13 fails on torch.cond itself",
+)
 def test_a_control_flow_operator_is_named():
     model = Model(lambda self, x: torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,)))
     with pytest.raises(fxc.CaptureError, match=r"uses cond, a control-flow operator"):
