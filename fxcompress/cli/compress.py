@@ -148,7 +148,8 @@ def _timing(out: Compressed, batch: int, terminal: Terminal) -> Timing:
     before = out.before
     # The code around islands takes its inputs in a form of its own: what a row of them is, nobody says.
     args, kwargs = before.interface.resized(batch) if isinstance(before, Program) else (before.args, before.kwargs)
-    engine, models = "eager", (before.emit(), out.model)
+    engine = "eager"
+    models: tuple[Callable[..., Any], Callable[..., Any]] = (before.emit(), out.model)
     if isinstance(before, Program) and isinstance(out.model, fx.GraphModule) and is_quantized(out.model):
         with terminal.working("preparing engines"):
             fastest = compile(out.model, AUTO)  # eager only emulates integers
