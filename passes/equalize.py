@@ -22,6 +22,7 @@ from fxcompress.passes.calibrated.progress import shown_batches
 from fxcompress.passes.equalization.factors import Seen, factors_of, vector
 from fxcompress.passes.equalization.operators import aten, bounds
 from fxcompress.passes.equalization.regions import Key, Region, Regions, Side
+from fxcompress.passes.quantization.nodes import QUANTIZED
 from torch import fx
 
 from fxcompress.analysis import analyze
@@ -35,8 +36,6 @@ from fxcompress.ir.weighted import successor, weighted_layer
 from fxcompress.pass_base import Guarantee, PassResult, Refusal, Transform
 from fxcompress.task import Task
 from fxcompress.tracing.untouched import seeded
-
-QUANTIZED = "quantized_decomposed"
 
 
 @dataclass(frozen=True)

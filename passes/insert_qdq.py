@@ -6,14 +6,13 @@ calibration batches.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from fxcompress.passes.quantization.grid import QuantizationParameters, Range
-from fxcompress.passes.quantization.nodes import QUANTIZED, quantize_dequantize, quantized
+from fxcompress.passes.quantization.nodes import QUANTIZED, matches, quantize_dequantize, quantized
 from fxcompress.passes.quantization.placement import Placement, Point
 from fxcompress.passes.quantization.rewrites import ATTENTION, flatten_rows, split_attention
 from fxcompress.passes.quantization.targets import Target, target_of
@@ -30,7 +29,6 @@ from fxcompress.ir.program import Program
 from fxcompress.ir.weighted import weighted_layer
 from fxcompress.pass_base import Guarantee, PassResult, Refusal, Transform
 from fxcompress.task import Task
-from fxcompress.tracing.raising import called_path
 
 aten = torch.ops.aten
 
@@ -75,7 +73,7 @@ class InsertQdq(Transform):
         if any(getattr(node.target, "namespace", None) == QUANTIZED for node in program.nodes):
             return PassResult(changed=False, statistics={"layers": 0, "activations": 0})
         refusals = {refusal.node: refusal for refusal in _objections(root, target)}
-        floating = {node for node in program.nodes if node.name in refusals or self._skips(node)}
+        floating = {node for node in program.nodes if node.name in refusals or matches(node, self.skip)}
         rewritten = _write_for(target, [call for call in operations(root) if call.node not in floating])
         points = Placement(root, target, floating).points()
         if not points:
@@ -95,10 +93,6 @@ class InsertQdq(Transform):
         return PassResult(
             rewritten or bool(points), tuple(refusals.values()), {"layers": layers, "activations": len(points)}
         )
-
-    def _skips(self, node: fx.Node) -> bool:
-        names = (node.name, str(node.target)) if node.op == "call_module" else (node.name, called_path(node))
-        return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in self.skip)
 
 
 def _objections(root: fx.GraphModule, target: Target) -> Iterator[Refusal]:

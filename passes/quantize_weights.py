@@ -6,14 +6,13 @@ and Zettlemoyer 2023, arXiv:2212.09720; Frantar et al. 2023, arXiv:2210.17323).
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from fxcompress.passes.quantization.grid import SMALLEST
-from fxcompress.passes.quantization.nodes import QUANTIZED, call, quantized
+from fxcompress.passes.quantization.nodes import QUANTIZED, call, matches, quantized
 from torch import fx
 
 from fxcompress.errors import InputError
@@ -23,7 +22,6 @@ from fxcompress.ir.program import Program
 from fxcompress.ir.weighted import weighted_layer
 from fxcompress.pass_base import Guarantee, PassResult, Refusal, Transform
 from fxcompress.task import Task
-from fxcompress.tracing.raising import called_path
 
 aten = torch.ops.aten
 
@@ -62,7 +60,7 @@ class QuantizeWeights(Transform):
         refusals, held, layers = [], dict[int, list[str]](), 0
         for node in list(program.nodes):
             found = operation(root, node)
-            if found is None or not _has_weight(found) or self._skips(node) or _is_quantized(found):
+            if found is None or not _has_weight(found) or matches(node, self.skip) or _is_quantized(found):
                 continue
             refusal = next(self._objections(found), None)
             if refusal is not None:
@@ -71,10 +69,6 @@ class QuantizeWeights(Transform):
             self._quantize(root, found, held)
             layers += 1
         return PassResult(layers > 0, tuple(refusals), {"layers": layers})
-
-    def _skips(self, node: fx.Node) -> bool:
-        names = (node.name, str(node.target) if node.op == "call_module" else called_path(node))
-        return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in self.skip)
 
     def _objections(self, layer: Operation) -> Iterator[Refusal]:
         weight, name = layer.parameter("weight"), layer.node.name

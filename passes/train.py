@@ -8,14 +8,13 @@ gradients passed straight through (Jacob et al. 2018, arXiv:1712.05877).
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from fxcompress.passes.calibrated.progress import shown_batches
 from fxcompress.passes.quantization.straight_through import StraightThrough
-from rich.console import Console
-from rich.progress import track
 from torch import nn
 from torch.utils._pytree import tree_unflatten
 
@@ -114,7 +113,7 @@ class _Student:
     def epoch(self, optimizer: torch.optim.Optimizer, title: str) -> Iterator[float]:
         """A step for each training batch; gives the losses."""
         step = 0
-        for step, batch in enumerate(_shown(self._training, title), start=1):
+        for step, batch in enumerate(shown_batches(self._training, title), start=1):
             loss = self._loss(self._outputs(batch), batch)
             if not bool(torch.isfinite(loss)):
                 raise InputError(f"the loss is {loss.item()} at step {step} of {title}; give a smaller rate")
@@ -140,10 +139,3 @@ def _own(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor that training may write into."""
     copied = tensor.detach().clone()
     return nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
-
-
-def _shown(batches: Iterable[Any], title: str) -> Iterator[Any]:
-    """The batches, with a progress bar where someone looks on."""
-    console = Console(stderr=True)
-    total = len(batches) if isinstance(batches, Sized) else None
-    yield from track(batches, title, total, console=console, transient=True, disable=not console.is_terminal)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 from fxcompress.passes.calibrated.streams import Streams
@@ -20,7 +20,8 @@ def shown(streams: Streams, name: str) -> Iterator[fx.Node]:
     yield from track(streams, name, len(streams), console=console, transient=True, disable=hidden)
 
 
-def shown_batches(batches: Iterator[Batch], name: str) -> Iterator[Batch]:
+def shown_batches(batches: Iterable[Batch], name: str) -> Iterator[Batch]:
     """The batches, with a progress bar of that name on a terminal."""
     console = Console(stderr=True)
-    yield from track(batches, name, console=console, transient=True, disable=not console.is_terminal)
+    total = len(batches) if isinstance(batches, Sized) else None
+    yield from track(batches, name, total, console=console, transient=True, disable=not console.is_terminal)

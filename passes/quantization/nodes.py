@@ -8,12 +8,15 @@ grid point of its choice; exported files hold the integers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 import torch.ao.quantization.fx._decomposed  # registers the operators
 from fxcompress.passes.quantization.grid import QuantizationParameters
 from torch import fx
+
+from fxcompress.tracing.raising import called_path
 
 QUANTIZED = "quantized_decomposed"
 """Namespace of the operators."""
@@ -45,3 +48,9 @@ def call(target: Any, args: Sequence[Any]) -> fx.Node:
     with args[0].meta["val"].fake_mode:
         made.meta["val"] = target(*values)
     return made
+
+
+def matches(node: fx.Node, patterns: Sequence[str]) -> bool:
+    """Whether a pattern names a node, or the module that it calls or comes from."""
+    names = (node.name, str(node.target) if node.op == "call_module" else called_path(node))
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
