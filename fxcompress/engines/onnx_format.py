@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten
 
 from fxcompress.engines.names import Names, Run, RunPieces, pieces_of
 from fxcompress.engines.onnx_blocks import blocked_options, pack_blocks
+from fxcompress.engines.onnx_optimizer import simplify
 from fxcompress.engines.reexport import reexport
 from fxcompress.errors import ArtifactError
 from fxcompress.ir.program import Interface
@@ -51,13 +52,15 @@ def write_onnx(module: nn.Module, interface: Interface, path: Path, names: Names
                 dynamo=True,
                 external_data=False,
                 verbose=False,
+                optimize=False,
                 input_names=names.inputs,
                 output_names=names.outputs,
                 **blocked_options(exported),
             )
+            assert program is not None
+            simplify(program.model)
         except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
             raise ArtifactError(_explain(error)) from error
-    assert program is not None
     model = program.model_proto
     _name_dims(model, names)
     pack_blocks(model)
