@@ -1,4 +1,4 @@
-"""Coverage: every model of the zoo through the checks of capture, those of channel removal, or a peer's removal.
+"""Coverage: every model of the zoo through the checks of capture, of channel removal, of a peer's removal, or of int8.
 
 One process a model, memory-capped, resumable: results are appended to ``results/KIND_coverage.jsonl`` as they come, and
 models that are in it already are skipped. ``--only PATTERN`` narrows the run, ``--again`` runs failures anew.
@@ -6,6 +6,7 @@ models that are in it already are skipped. ``--only PATTERN`` narrows the run, `
     python benchmarks/coverage.py
     python benchmarks/coverage.py peer       # optional, Torch-Pruning: shown beside removal
     python benchmarks/coverage.py removal
+    python benchmarks/coverage.py int8
     python benchmarks/coverage.py --only 'timm:*vit*' --jobs 2
 """
 
@@ -30,7 +31,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-KINDS = {"capture": "coverage", "removal": "removal_coverage", "peer": "peer_coverage"}
+KINDS = {"capture": "coverage", "removal": "removal_coverage", "peer": "peer_coverage", "int8": "int8_coverage"}
 """Kind of checks -> name of its results."""
 
 PRELOADED = ["torch", "torchvision", "timm", "transformers", "networkx", "sympy", "fxcompress", "zoo", "warm"]

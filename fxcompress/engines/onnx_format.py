@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 from torch.utils._pytree import tree_flatten
 
 from fxcompress.engines.names import Names, Run, RunPieces, pieces_of
@@ -45,6 +46,7 @@ def write_onnx(module: nn.Module, interface: Interface, path: Path, names: Names
     import onnx
 
     exported = reexport(_TensorOutputs(module).eval(), interface)
+    _settle_layout(exported)
     with _quiet():
         try:
             program = torch.onnx.export(
@@ -65,6 +67,18 @@ def write_onnx(module: nn.Module, interface: Interface, path: Path, names: Names
     _name_dims(model, names)
     pack_blocks(model)
     onnx.save(model, path)
+
+
+def _settle_layout(exported: ExportedProgram) -> None:
+    """Copies what attention gives. Its kernels lay it out differently, and torch.onnx meets one when it replaces
+    ``reshape`` by ``view``, another when it runs the graph with that."""
+    attention = torch.ops.aten.scaled_dot_product_attention.default
+    for node in exported.graph.find_nodes(op="call_function", target=attention):
+        with exported.graph.inserting_after(node):
+            copy = exported.graph.call_function(torch.ops.aten.clone.default, (node,))
+        copy.kwargs = {"memory_format": torch.contiguous_format}
+        copy.meta = dict(node.meta)
+        node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
 
 
 def _explain(error: BaseException) -> str:

@@ -43,7 +43,15 @@ class Plain(nn.Module):
         return torch.relu(self.layer(x)), x.sum(1)
 
 
+def small_t5():
+    """Its attention has a bias, whose kernels lay out their results in two ways."""
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(T5Config(vocab_size=11, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)).eval()
+
+
 MODELS = {
+    "t5": (small_t5, ((), {"input_ids": torch.randint(0, 11, (2, 5)), "attention_mask": torch.ones(2, 5)}), None),
     "residual": (residual_net, torch.randn(2, 3, 8, 8), None),
     "vit": (small_vit, torch.randn(2, 3, 32, 32), None),
     "bert": (small_bert, *BERT_INPUTS),
