@@ -45,13 +45,46 @@ def results(name):
 
 def coverage():
     rows = []
-    models = results("coverage")["rows"]
-    for source in dict.fromkeys(row["model"].partition(":")[0] for row in models):
-        members = [row for row in models if row["model"].startswith(source + ":")]
+    for source, members in by_source("coverage"):
         good = sum(row["ok"] for row in members)
         rest, export = (sum(row.get(key, 0.0) for row in members) for key in ("rest_s", "export_s"))
-        rows.append((source, str(len(members)), str(good), f"{rest / export:.2f}"))
-    return github(rows, ("source", "models", "pass every check", "normalise + raise + verify, per second of export"))
+        slower = sum(row.get("rest_s", 0.0) > row.get("export_s", 0.0) for row in members)
+        rows.append((source, str(len(members)), str(good), f"{rest / export:.2f}", str(slower)))
+    headers = ("source", "models", "pass every check", "normalise + raise + verify, per second of export", "above 1")
+    return github(rows, headers)
+
+
+def by_source(name):
+    """Rows of a coverage run for each source of models."""
+    models = results(name)["rows"]
+    for source in dict.fromkeys(row["model"].partition(":")[0] for row in models):
+        yield source, [row for row in models if row["model"].startswith(source + ":")]
+
+
+def removal_coverage():
+    rows = []
+    for source, members in by_source("removal_coverage"):
+        kept = [row["macs_ratio"] for row in members if "macs_ratio" in row]
+        above = sum(ratio > 0.35 for ratio in kept)
+        good = sum(row["ok"] for row in members)
+        rows.append((source, str(len(members)), str(good), f"{statistics.median(kept):.3f}", str(above)))
+    return github(rows, ("source", "models", "pass every check", "MACs left, median", "with more than 0.35"))
+
+
+def int8_fidelity():
+    rows = [
+        (row["model"], row["row"], row["where"], *(f"{row[key]:.{digits}f}" for key, digits in
+         (("sqnr_db", 2), ("agreement", 3))))
+        if "error" not in row else (row["model"], row["row"], row["where"], "fails", "-")
+        for row in results("int8_fidelity")["rows"]
+    ]  # fmt: skip
+    return github(rows, ("model", "what", "runs in", "SQNR dB", "top-1 agreement"))
+
+
+def int8_latency():
+    columns = ("network", "batch", "engine", "eager ms", "float ms", "peer ms", "ours ms", "over eager", "over float",
+               "over peer", "int8 layers", "cosine")  # fmt: skip
+    return github([[str(row[column]) for column in columns] for row in results("int8_latency")["rows"]], columns)
 
 
 def trace_time():
