@@ -56,9 +56,15 @@ def build(name: str) -> Subject:
 
 
 def settle(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Gives batch norms statistics that mean something, and norms weights that are neither 1 nor 0."""
+    """Gives batch norms statistics that mean something, norms weights that are neither 1 nor 0, and no layer all zeros.
+
+    Some models start with a head of zeros: whatever is wrong before it, all outputs and gradients are 0.
+    """
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1 and not parameter.is_meta and not bool(parameter.any()):
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
         for module in model.modules():
             if "Norm" in type(module).__name__:
                 for parameter in module.parameters(recurse=False):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import operator
 import re
 import warnings
 from collections.abc import Collection, Iterator, Sequence
@@ -26,6 +27,8 @@ from fxcompress.ir.program import Interface
 
 logger = logging.getLogger(__name__)
 
+aten = torch.ops.aten
+
 
 class _TensorOutputs(nn.Module):
     """A model's outputs as a flat tuple, without what is no tensor: ONNX has no place for it."""
@@ -46,7 +49,7 @@ def write_onnx(module: nn.Module, interface: Interface, path: Path, names: Names
     import onnx
 
     exported = reexport(_TensorOutputs(module).eval(), interface)
-    _settle_layout(exported)
+    _settle_attention(exported)
     with _quiet():
         try:
             program = torch.onnx.export(
@@ -69,16 +72,25 @@ def write_onnx(module: nn.Module, interface: Interface, path: Path, names: Names
     onnx.save(model, path)
 
 
-def _settle_layout(exported: ExportedProgram) -> None:
-    """Copies what attention gives. Its kernels lay it out differently, and torch.onnx meets one when it replaces
-    ``reshape`` by ``view``, another when it runs the graph with that."""
-    attention = torch.ops.aten.scaled_dot_product_attention.default
-    for node in exported.graph.find_nodes(op="call_function", target=attention):
-        with exported.graph.inserting_after(node):
-            copy = exported.graph.call_function(torch.ops.aten.clone.default, (node,))
-        copy.kwargs = {"memory_format": torch.contiguous_format}
-        copy.meta = dict(node.meta)
-        node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
+def _settle_attention(exported: ExportedProgram) -> None:
+    """Writes attention so that torch.onnx can take it.
+
+    Its kernels lay out what they give differently, and torch.onnx meets one when it replaces ``reshape`` by ``view``,
+    another when it runs the graph with that: a copy gives one layout. And it translates attention of four dims only:
+    any other is written as its products.
+    """
+    graph = exported.graph
+    for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
+        with graph.inserting_after(node):
+            if node.meta["val"].dim() == 4:
+                result = graph.call_function(aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
+            else:
+                result = graph.call_function(operator.getitem, (node, 0))
+        result.meta = dict(node.meta)
+        node.replace_all_uses_with(result, delete_user_cb=lambda user, result=result: user is not result)
+        if result.target is operator.getitem:
+            node.target = aten._scaled_dot_product_attention_math.default
+            node.meta = {key: value for key, value in node.meta.items() if key != "val"}
 
 
 def _explain(error: BaseException) -> str:

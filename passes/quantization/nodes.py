@@ -28,13 +28,13 @@ def quantize_dequantize(source: fx.Node, parameters: QuantizationParameters) -> 
     """A pair of nodes right behind a value, one scale for all of it; gives the node of the real values."""
     p = parameters
     given = (p.scale, p.zero_point, p.quant_min, p.quant_max, p.dtype)
-    with source.graph.inserting_after(_last_input(source)):
+    with source.graph.inserting_after(last_input(source)):
         integers = call(quantized.quantize_per_tensor.default, (source, *given))
     with source.graph.inserting_after(integers):
         return call(quantized.dequantize_per_tensor.default, (integers, *given))
 
 
-def _last_input(node: fx.Node) -> fx.Node:
+def last_input(node: fx.Node) -> fx.Node:
     """Inputs stay together at the head of the graph."""
     while node.op == "placeholder" and node.next.op == "placeholder":
         node = node.next

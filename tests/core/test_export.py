@@ -50,7 +50,33 @@ def small_t5():
     return T5EncoderModel(T5Config(vocab_size=11, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)).eval()
 
 
+class WindowAttention(nn.Module):
+    """Attention of five dims."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x):
+        heads = self.inner(x).unflatten(1, (2, -1)).unflatten(-1, (2, -1)).transpose(2, 3)
+        return nn.functional.scaled_dot_product_attention(heads, heads, heads).transpose(2, 3).reshape(x.shape)
+
+
+class Bounds(nn.Module):
+    """Bounds that are tensors, each used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("low", torch.tensor(-1.0))
+        self.register_buffer("high", torch.tensor(1.0))
+
+    def forward(self, x):
+        return torch.clamp(torch.clamp(x, self.low, self.high) * 2, self.low, self.high)
+
+
 MODELS = {
+    "windows": (WindowAttention, torch.randn(2, 8, 8), None),
+    "bounds": (Bounds, torch.randn(2, 8), None),
     "t5": (small_t5, ((), {"input_ids": torch.randint(0, 11, (2, 5)), "attention_mask": torch.ones(2, 5)}), None),
     "residual": (residual_net, torch.randn(2, 3, 8, 8), None),
     "vit": (small_vit, torch.randn(2, 3, 32, 32), None),
