@@ -138,7 +138,10 @@ def removal_growth():
     return github([[str(row[column]) for column in columns] for row in rows], ("model", "nodes", "s", "ms / node"))
 
 
-_MADE = (passes, layers, exports, coverage, trace_time, one_shot_quality, removal_speed, removal_growth)
+_MADE = (
+    passes, layers, exports, coverage, trace_time, removal_coverage, one_shot_quality, removal_speed, removal_growth,
+    int8_latency,
+)  # fmt: skip
 TABLES = {function.__name__: function for function in _MADE}
 
 
