@@ -15,7 +15,7 @@ from fxcompress.passes.quantization.grid import QuantizationParameters, Range
 from fxcompress.passes.quantization.nodes import QUANTIZED, matches, quantize_dequantize, quantized
 from fxcompress.passes.quantization.placement import Placement, Point
 from fxcompress.passes.quantization.rewrites import ATTENTION, flatten_rows, split_attention
-from fxcompress.passes.quantization.targets import Target, target_of
+from fxcompress.passes.quantization.targets import PADS, Target, target_of
 from fxcompress.passes.quantization.weights import channel_scales, quantize_weight
 from fxcompress.passes.ranges import Ranges
 from torch import fx
@@ -169,7 +169,7 @@ def _scale(root: fx.GraphModule, node: fx.Node, target: Target) -> float | None:
     """The scale of the integers that a value is made of, if it is."""
     while node.target is not quantized.dequantize_per_tensor.default:
         call = operation(root, node)
-        if call is None or call.overload not in target.views | target.joins:
+        if call is None or call.overload not in target.views | target.joins | PADS:
             return None
         node = node.all_input_nodes[0]
     scale: Any = node.args[1]

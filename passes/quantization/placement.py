@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import networkx as nx
 import torch
 from fxcompress.passes.quantization.grid import Grid
-from fxcompress.passes.quantization.targets import Target
+from fxcompress.passes.quantization.targets import CONVOLUTIONS, PADS, Target
 from torch import fx
 
 from fxcompress.ir.ops import Operation, operation
@@ -100,8 +100,18 @@ class Placement:
     def _passes(self, node: fx.Node) -> bool:
         """Whether a node hands integers on as they are."""
         call = self._calls.get(node)
-        through = self._target.views | self._target.joins
-        return call is not None and call.overload in through and self._complete(node)
+        if call is None or not self._complete(node):
+            return False
+        return call.overload in self._target.views | self._target.joins or self._pads_convolutions(call)
+
+    def _pads_convolutions(self, call: Operation) -> bool:
+        """Whether an operator puts zeros around the images that convolutions read."""
+        if call.overload not in PADS or call.arguments.get("mode", "constant") != "constant" or call["value"]:
+            return False
+        readers = [self._calls.get(user) for user in call.node.users]
+        spatial = len(call["pad"]) // 2 <= call.node.meta["val"].dim() - 2
+        fixed = all(isinstance(size, int) and size >= 0 for size in call["pad"])
+        return spatial and fixed and all(reader and reader.overload in CONVOLUTIONS for reader in readers)
 
     def _complete(self, node: fx.Node) -> bool:
         return bool(node.users) and len(self._wishes.get(node, ())) == len(node.users)
@@ -139,7 +149,7 @@ class Placement:
             if call is None or not node.users:
                 continue
             sources = [source for source in node.all_input_nodes if _is_float(source)]
-            if not sources or any(node not in readers.get(source, ()) for source in sources):
+            if not sources or not all(self._reads_integers(node, source, readers) for source in sources):
                 continue
             if call.overload in self._target.closed:
                 result = self._result(node)
@@ -148,6 +158,13 @@ class Placement:
             elif call.overload in through:
                 readers[node] = tuple(node.users)
                 nx.add_path(sharing, [*sources, node])
+
+    def _reads_integers(self, node: fx.Node, source: fx.Node, readers: dict[fx.Node, tuple[fx.Node, ...]]) -> bool:
+        """Whether a point lies between two nodes, or before the padding between them."""
+        call = self._calls.get(source)
+        if call is not None and call.overload in PADS and self._passes(source):
+            return source in readers.get(source.all_input_nodes[0], ())
+        return node in readers.get(source, ())
 
 
 def _is_float(node: fx.Node) -> bool:

@@ -67,6 +67,10 @@ VIEWS = frozenset(
 """Each element of the result is one of the operand: integers go through with the same scale."""
 
 
+PADS = frozenset({aten.pad.default, aten.constant_pad_nd.default})
+"""Zeros around an image: integers go through to a convolution, which every engine computes with them as its padding."""
+
+
 @dataclass(frozen=True)
 class Target:
     """What an engine computes in integers.
