@@ -62,21 +62,8 @@ class WindowAttention(nn.Module):
         return nn.functional.scaled_dot_product_attention(heads, heads, heads).transpose(2, 3).reshape(x.shape)
 
 
-class Bounds(nn.Module):
-    """Bounds that are tensors, each used twice."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("low", torch.tensor(-1.0))
-        self.register_buffer("high", torch.tensor(1.0))
-
-    def forward(self, x):
-        return torch.clamp(torch.clamp(x, self.low, self.high) * 2, self.low, self.high)
-
-
 MODELS = {
     "windows": (WindowAttention, torch.randn(2, 8, 8), None),
-    "bounds": (Bounds, torch.randn(2, 8), None),
     "t5": (small_t5, ((), {"input_ids": torch.randint(0, 11, (2, 5)), "attention_mask": torch.ones(2, 5)}), None),
     "residual": (residual_net, torch.randn(2, 3, 8, 8), None),
     "vit": (small_vit, torch.randn(2, 3, 32, 32), None),
