@@ -59,10 +59,10 @@ def runs(engine: str, pipeline: str, row: dict[str, Any]) -> dict[str, Any]:
             result = fxc.PassManager(pipeline).run(program, task)
             try:
                 fxc.export(result.program, file)
-            except fxc.FxCompressError as error:
+            except fxc.FxCompressError:
                 if reason := cannot_run(program, file):
                     return {f"{engine}_cannot": reason}
-                raise error
+                raise
             executed += executed_layers(file)
             layers += result.records[-1].statistics["layers"]
             refusals |= {refusal.code for refusal in result.records[-1].result.refusals}

@@ -6,7 +6,7 @@ arXiv:1710.03740). What is in neither list stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -94,7 +94,7 @@ def _objections(root: fx.GraphModule, dtype: torch.dtype) -> Iterator[Refusal]:
             break
 
 
-def _chosen(root: fx.GraphModule, kept: Any) -> set[fx.Node]:
+def _chosen(root: fx.GraphModule, kept: Callable[[fx.Node], bool]) -> set[fx.Node]:
     """The nodes to compute in 16 bits."""
     chosen: set[fx.Node] = set()
     for node in root.graph.nodes:
@@ -133,7 +133,8 @@ def _narrow_state(root: fx.GraphModule, chosen: set[fx.Node], dtype: torch.dtype
                 value = tensor.detach().to(dtype)
                 own = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
                 narrow.setdefault(id(tensor), own)
-                reads |= {node} if node.op == "get_attr" else set()
+                if node.op == "get_attr":
+                    reads.add(node)
     replace_states(root, narrow)
     return reads
 
@@ -142,9 +143,7 @@ def _insert_casts(nodes: list[fx.Node], chosen: set[fx.Node], dtype: torch.dtype
     """Casts each value once for those readers that compute in the other precision; counts the casts."""
     casts = 0
     for node in nodes:
-        others = [user for user in node.users if (user in chosen) != (node in chosen) and user.op != "output"]
-        if node in chosen:
-            others += [user for user in node.users if user.op == "output"]
+        others = [user for user in node.users if (user in chosen) != (node in chosen)]
         value = node.meta.get("val")
         if not others or not isinstance(value, torch.Tensor) or not value.is_floating_point():
             continue

@@ -71,16 +71,6 @@ def removal_coverage():
     return github(rows, ("source", "models", "pass every check", "MACs left, median", "with more than 0.35"))
 
 
-def int8_fidelity():
-    rows = [
-        (row["model"], row["row"], row["where"], *(f"{row[key]:.{digits}f}" for key, digits in
-         (("sqnr_db", 2), ("agreement", 3))))
-        if "error" not in row else (row["model"], row["row"], row["where"], "fails", "-")
-        for row in results("int8_fidelity")["rows"]
-    ]  # fmt: skip
-    return github(rows, ("model", "what", "runs in", "SQNR dB", "top-1 agreement"))
-
-
 def int8_latency():
     columns = ("network", "batch", "engine", "eager ms", "float ms", "peer ms", "ours ms", "over eager", "over float",
                "over peer", "int8 layers", "cosine")  # fmt: skip

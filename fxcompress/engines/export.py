@@ -137,18 +137,19 @@ def _write(module: fx.GraphModule, interface: Interface, file: Path, target: For
                 _check_pieces(file, names, result, reference, rounded)
             exact = [_tensors(output) for output in _outputs(without_quantization(module), calls)]
         run = target.open(staging, names)
-        errors = []
+        errors, rounding = [], _rounding(module)
         for call, reference, before in zip(calls, expected, exact, strict=True):
             with seeded():
                 given = run(_tensors(call))
-            errors.append(_check(file, names, reference, given, before, _rounding(module)))
+            errors.append(_check(file, names, reference, given, before, rounding))
         size = sum(made.stat().st_size for made in staging.parent.iterdir())
     return Exported(file, size, max(errors))
 
 
 def _rounding(module: nn.Module) -> float:
-    """What an engine may add by rounding to the smallest dtype of the weights elsewhere than the model does."""
-    return max((TOLERANCES.get(tensor.dtype, 0.0) for tensor in (*module.parameters(), *module.buffers())), default=0.0)
+    """What an engine may add where weights have 16 bits, by rounding to those elsewhere than the model does."""
+    dtypes = {tensor.dtype for tensor in (*module.parameters(), *module.buffers())}
+    return max((TOLERANCES[dtype] for dtype in dtypes & {torch.float16, torch.bfloat16}), default=0.0)
 
 
 def _outputs(module: fx.GraphModule, calls: list[Any]) -> list[Any]:

@@ -1,8 +1,8 @@
 """Simplifies ONNX graphs: constant folding and rewrites by onnxscript, in time that grows with the graph.
 
 torch.onnx.export can do it too, with the same rules and a few more. One of those, which makes slices of one value a
-split, looks through the whole graph at each node, and took more than half of the time of an export: 75 of 119 s for
-1,700 nodes. Engines do as well without.
+split, looks through the whole graph at each node: in a profile it was 62 % of the export of a large transformer.
+Engines do as well without.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ _RULES = (
     "two_reshapes_matmul_reshape_rule", "unsqueeze_unsqueeze_rule",
 )  # fmt: skip
 """In ``onnxscript.rewriter.rules.common``: what torch.onnx.export applies by default, less ``slice_split_rule`` and
-those of minima and maxima, which leave nodes that read a bound that is not there."""
+those of minima and maxima, which left a node that reads a bound that is not there
+(onnxscript 0.7, on timm's gemma4_vit)."""
 
 
 def simplify(model: Any) -> None:

@@ -68,7 +68,7 @@ VIEWS = frozenset(
 
 
 PADS = frozenset({aten.pad.default, aten.constant_pad_nd.default})
-"""Zeros around an image: integers go through to a convolution, which every engine computes with them as its padding."""
+"""Zeros around an image: integers go through to a convolution, which ONNX files write as its padding."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ def dtypes(program):
 
 
 class Tied(nn.Module):
-    """A head that reads the embedding's weight, and a scale that is used in both precisions."""
+    """A head that reads the embedding's weight."""
 
     def __init__(self):
         super().__init__()

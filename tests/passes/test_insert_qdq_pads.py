@@ -13,9 +13,7 @@ from fxcompress.engines.executed import executed_layers
 class Padded(nn.Module):
     def __init__(self, value=0.0, sizes=(0, 1, 0, 1)):
         super().__init__()
-        torch.manual_seed(
-            3
-        )  # of 8 seeds, onnxruntime's kernels stray too far to be exported on 4, with pads and without
+        torch.manual_seed(3)
         self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, stride=2)
         self.value, self.sizes = value, sizes
 
