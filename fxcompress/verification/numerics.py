@@ -226,12 +226,13 @@ def _leaf(index: int, a: Any, b: Any) -> Comparison:
     if not _floating(a):
         raise VerificationError(f"output {index} ({a.dtype}) differs in {int((a != b).sum())} of {a.numel()} elements")
     wide = torch.complex128 if a.is_complex() else torch.float64
-    same = (a == b) | (torch.isnan(a) & torch.isnan(b))  # infinities of masks compare equal, not by difference
-    a, b = torch.where(same, 0, a.to(wide)), torch.where(same, 0, b.to(wide))
-    if not bool(torch.isfinite(b).all()):
-        raise VerificationError(f"output {index} holds NaN or Inf where the reference is finite")
+    same = (a == b) | (torch.isnan(a) & torch.isnan(b))
     if same.all():
         return Comparison(0.0, 0.0, math.inf, True)
+    masked = same & ~torch.isfinite(a)  # infinities of masks compare equal, not by difference
+    a, b = torch.where(masked, 0, a.to(wide)), torch.where(masked, 0, b.to(wide))
+    if not bool(torch.isfinite(b).all()):
+        raise VerificationError(f"output {index} holds NaN or Inf where the reference is finite")
     noise, scale = (a - b).abs(), a.abs().max().item()
     error = noise.max().item()
     signal, power = a.abs().square().sum().item(), noise.square().sum().item()

@@ -109,6 +109,12 @@ def test_masks_of_minus_infinity_compare_equal():
     assert 0 < nearly.max_rel_error < 1e-5
 
 
+def test_errors_are_relative_to_all_values_also_to_those_that_agree():
+    found = compare_outputs([torch.tensor([10.0, 0.1, -math.inf])], [torch.tensor([10.0, 0.2, -math.inf])])
+    assert found.max_rel_error == pytest.approx(0.01)
+    assert found.sqnr_db == pytest.approx(40, abs=0.01)
+
+
 @pytest.mark.parametrize(
     ("expected", "found", "message"),
     [

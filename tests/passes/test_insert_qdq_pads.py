@@ -13,7 +13,7 @@ from fxcompress.engines.executed import executed_layers
 class Padded(nn.Module):
     def __init__(self, value=0.0, sizes=(0, 1, 0, 1)):
         super().__init__()
-        torch.manual_seed(3)
+        torch.manual_seed(0)
         self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, stride=2)
         self.value, self.sizes = value, sizes
 
