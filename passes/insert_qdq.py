@@ -14,8 +14,9 @@ import torch
 from fxcompress.passes.quantization.grid import QuantizationParameters, Range
 from fxcompress.passes.quantization.nodes import QUANTIZED, matches, quantize_dequantize, quantized
 from fxcompress.passes.quantization.placement import Placement, Point
-from fxcompress.passes.quantization.rewrites import ATTENTION, flatten_rows, split_attention
-from fxcompress.passes.quantization.targets import PADS, Target, target_of
+from fxcompress.passes.quantization.processor import has_vnni
+from fxcompress.passes.quantization.rewrites import flatten_rows, split_attention
+from fxcompress.passes.quantization.targets import ATTENTION, PADS, Target, target_of
 from fxcompress.passes.quantization.weights import channel_scales, quantize_weight
 from fxcompress.passes.ranges import Ranges
 from torch import fx
@@ -39,8 +40,8 @@ class InsertQdq(Transform):
 
     Weights become integers per output channel, biases stay as they are, and nothing stands between operators that the
     engine computes as one. A Program that has such nodes already is left alone. Refuses, naming the layer:
-    ``no-integer-kernel``, ``computed-weight``, ``constant-operand``, ``not-float32``, ``not-finite``,
-    ``unbounded-range``.
+    ``no-integer-kernel``, ``slower-in-integers``, ``computed-weight``, ``constant-operand``, ``not-float32``,
+    ``not-finite``, ``unbounded-range``.
 
     Attributes:
         target: Engine that will run the model.
@@ -49,6 +50,9 @@ class InsertQdq(Transform):
         batches: How many of the task's calibration batches to use.
         least: Calibration samples that must be there.
         weight_bits: Bits of the integers that weights become; engines keep them in 8.
+        vnni: Whether the processor that will run the model adds up products of integers in 32 bits (VNNI, AMX, Arm's
+            dot product); none asks the one of this machine. Without it weights are kept from saturating sums in 16
+            bits, and what the engine computes slower in integers than in float32 stays as it is.
     """
 
     name: ClassVar[str] = "insert-qdq"
@@ -60,6 +64,7 @@ class InsertQdq(Transform):
     batches: int = 64
     least: int = 8
     weight_bits: int = 8
+    vnni: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,7 +74,8 @@ class InsertQdq(Transform):
 
     def run(self, program: Program, task: Task | None) -> PassResult:
         """Counts the ``layers`` and ``activations`` that became integers."""
-        root, target = program.graph_module, target_of(self.target)
+        root, target, vnni = program.graph_module, target_of(self.target), self._vnni
+        target = target if vnni else target.without_slow()
         if any(getattr(node.target, "namespace", None) == QUANTIZED for node in program.nodes):
             return PassResult(changed=False, statistics={"layers": 0, "activations": 0})
         refusals = {refusal.node: refusal for refusal in _objections(root, target)}
@@ -89,10 +95,14 @@ class InsertQdq(Transform):
             for reader in point.readers:
                 reader.replace_input_with(point.source, integers)
         nodes = [node for node in program.nodes if node not in floating]
-        layers = sum(_quantize_layer(root, node, target, self.weight_bits) for node in nodes)
+        layers = sum(_quantize_layer(root, node, target, self.weight_bits, vnni) for node in nodes)
         return PassResult(
             rewritten or bool(points), tuple(refusals.values()), {"layers": layers, "activations": len(points)}
         )
+
+    @property
+    def _vnni(self) -> bool:
+        return has_vnni() if self.vnni is None else self.vnni
 
 
 def _objections(root: fx.GraphModule, target: Target) -> Iterator[Refusal]:
@@ -108,6 +118,9 @@ def _objections(root: fx.GraphModule, target: Target) -> Iterator[Refusal]:
 
 def _objection(call: Operation, target: Target) -> tuple[str, str] | None:
     read = target.reads(call.overload)
+    if not read and call.overload in target.slow:
+        reason = "without VNNI the engine is slower at it in integers; for a processor that has it set vnni=true"
+        return "slower-in-integers", reason
     if not read:
         return "no-integer-kernel", f"the target has no integer kernel for {call.overload}; it stays in floating point"
     if any(name in call.state for name in read):
@@ -151,7 +164,7 @@ def _parameters(points: list[Point], ranges: Mapping[str, Range]) -> list[Quanti
     return [point.grid.parameters(united[point.sharing]) for point in points]
 
 
-def _quantize_layer(root: fx.GraphModule, node: fx.Node, target: Target, bits: int) -> bool:
+def _quantize_layer(root: fx.GraphModule, node: fx.Node, target: Target, bits: int, vnni: bool) -> bool:
     """Makes integers of the weight of a layer whose input is integers."""
     call = operation(root, node)
     layer = weighted_layer(call) if call is not None and call.overload in target.layers else None
@@ -161,7 +174,7 @@ def _quantize_layer(root: fx.GraphModule, node: fx.Node, target: Target, bits: i
     if scale is None:
         return False
     reader = lowered(root, layer.operation)
-    quantize_weight(root, layer, reader, channel_scales(layer, scale, bits), bits)
+    quantize_weight(root, layer, reader, channel_scales(layer, scale, bits, pairs=not vnni), bits)
     return True
 
 

@@ -15,8 +15,6 @@ from fxcompress.ir.ops import Operation
 
 aten = torch.ops.aten
 
-ATTENTION = aten.scaled_dot_product_attention.default
-
 
 class _Writer:
     """Makes nodes before an operation, in its name for reports."""

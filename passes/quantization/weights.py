@@ -7,10 +7,11 @@ A channel's scale is its largest magnitude over the largest integer, but never s
   32-bit accumulators. What a coarser scale loses there is at most ``2**-23`` of the bias;
 - 1 where the whole weight is zero.
 
-Nor may two neighbours be too large together: x86 processors without VNNI add the products of two neighbouring inputs in
-16 bits, which saturate at 32767. Inputs are at most 255, so the integers of neighbours with one sign add up to at most
-128; which inputs stand together is the order of channels-last weights in onnxruntime and in OpenVINO. This costs up to
-3 dB in the rounding of weights where a whole bit ("reduced range") costs 6, and saturated sums cost far more.
+Nor may two neighbours be too large together (``pairs``): x86 processors without VNNI add the products of two
+neighbouring inputs in 16 bits, which saturate at 32767. Inputs are at most 255, so the integers of neighbours with one
+sign add up to at most 128; which inputs stand together is the order of channels-last weights in onnxruntime and in
+OpenVINO. This costs up to 3 dB in the rounding of weights where a whole bit ("reduced range") costs 6, and saturated
+sums cost far more.
 """
 
 from __future__ import annotations
@@ -29,13 +30,21 @@ _PAIR = 2.0**15 / 2**8 - 1
 """Largest sum of two neighbours before they are rounded, each by at most a half."""
 
 
-def channel_scales(layer: WeightedLayer, input_scale: float, bits: int = 8) -> torch.Tensor:
-    """The scales of a layer's weight, one a channel along :func:`channel_axis`, float32."""
+def channel_scales(layer: WeightedLayer, input_scale: float, bits: int = 8, pairs: bool = True) -> torch.Tensor:
+    """The scales of a layer's weight, one a channel along :func:`channel_axis`, float32.
+
+    Args:
+        layer: The layer.
+        input_scale: The scale of the integers that it reads.
+        bits: Bits of the weight's integers.
+        pairs: Whether sums of two products may have no more than 16 bits.
+    """
     largest = 2 ** (bits - 1) - 1
     weight, axis = layer.operation["weight"].detach().double(), channel_axis(layer)
     rows = weight.transpose(0, axis).flatten(1)
     scales = rows.abs().amax(1) / largest
-    scales = scales.maximum(_pair_sums(layer, weight) / _PAIR)
+    if pairs:
+        scales = scales.maximum(_pair_sums(layer, weight) / _PAIR)
     whole = float(scales.max())
     if whole == 0:
         return torch.ones(len(scales), dtype=torch.float32, device=weight.device)

@@ -19,7 +19,8 @@ def test_default_recipe():
 
 
 @pytest.mark.parametrize("name", ["int8", "int8-onnxruntime"])
-def test_int8_recipes_quantize_and_correct(name):
+def test_int8_recipes_quantize_and_correct(name, monkeypatch):
+    monkeypatch.setattr("fxcompress.passes.insert_qdq.has_vnni", lambda: True)
     torch.manual_seed(0)
     model, x = residual_net().eval(), torch.randn(16, 3, 8, 8)
     out = compress(model, x[:2], name, task=Task(calibration=list(x.split(8))))

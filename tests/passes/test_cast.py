@@ -107,7 +107,7 @@ def test_quantized_layers_are_left_alone():
     torch.manual_seed(0)
     program = trace(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), torch.randn(16, 8))
     task = fxc.Task(calibration=[torch.randn(16, 8)])
-    done = fxc.PassManager("insert-qdq{skip=[_2]},cast").run(program, task).program
+    done = fxc.PassManager("insert-qdq{skip=[_2] vnni=true},cast").run(program, task).program
     (weight,) = (node for node in done.nodes if node.name.startswith("dequantize_per_channel"))
     (layer,) = weight.users
     assert layer.meta["val"].dtype == torch.float32

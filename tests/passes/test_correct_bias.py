@@ -26,7 +26,7 @@ def network(bias=True):
 
 
 def quantized(model, x, task):
-    return PassManager("insert-qdq").run(trace(model, x), task).program
+    return PassManager("insert-qdq{vnni=true}").run(trace(model, x), task).program
 
 
 def corrected(program, task, **options):

@@ -278,7 +278,7 @@ def test_int8_errs_less():
     before, task = trace(model, x[:2]), Task(calibration=[x])
     errors = []
     with torch.no_grad():
-        for text in ("insert-qdq", "equalize,insert-qdq"):
+        for text in ("insert-qdq{vnni=true}", "equalize,insert-qdq{vnni=true}"):
             pairs = zip(PassManager(text).run(before, task).program(x), model(x), strict=True)
             errors.append(sum(float((a - b).square().sum() / b.square().sum()) for a, b in pairs))
     assert errors[1] < 0.5 * errors[0]
@@ -286,7 +286,8 @@ def test_int8_errs_less():
 
 def test_an_equalized_model_that_is_quantized_is_refused():
     x = IMAGES.float().repeat(2, 1, 1, 1)
-    program = PassManager("insert-qdq").run(trace(nn.Conv2d(3, 4, 1).eval(), x), Task(calibration=[x])).program
+    before = trace(nn.Conv2d(3, 4, 1).eval(), x)
+    program = PassManager("insert-qdq").run(before, Task(calibration=[x])).program
     (record,) = PassManager("equalize").run(program).records
     assert [refusal.code for refusal in record.result.refusals] == ["quantized"]
 

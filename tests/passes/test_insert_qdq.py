@@ -21,7 +21,8 @@ def data(*shape, batches=4):
 def quantized(model, *shape, calibration=None, **options):
     torch.manual_seed(0)
     before = PassManager("fold-batchnorm").run(trace(model.eval(), torch.randn(*shape))).program
-    done = PassManager([InsertQdq(**options)]).run(before, Task(calibration=calibration or data(*shape)))
+    task = Task(calibration=calibration or data(*shape))
+    done = PassManager([InsertQdq(**{"vnni": True} | options)]).run(before, task)
     return done.program, done.records[0]
 
 

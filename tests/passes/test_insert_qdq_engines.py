@@ -46,7 +46,7 @@ def quantized(subject, target, **options):
     model, example, dynamic, batches = subject()
     before = PassManager("fold-batchnorm").run(trace(model, example, dynamic=dynamic)).program
     task = Task(calibration=batches, inputs=lambda batch: batch)
-    return PassManager([InsertQdq(target=target, **options)]).run(before, task)
+    return PassManager([InsertQdq(target=target, vnni=True, **options)]).run(before, task)
 
 
 def written(program, file):

@@ -16,7 +16,7 @@ def data(*shape, batches=2):
 def run(model, *shape, **options):
     torch.manual_seed(0)
     program = trace(model.eval(), torch.randn(2, *shape[1:]))
-    done = PassManager([InsertQdq(**options)]).run(program, Task(calibration=data(*shape)))
+    done = PassManager([InsertQdq(vnni=True, **options)]).run(program, Task(calibration=data(*shape)))
     return done.program, done.records[0].result
 
 
@@ -87,14 +87,14 @@ def with_value(name, value):
 
 
 def test_a_bias_that_is_infinite():
-    result = InsertQdq().run(with_value("2.bias", torch.inf), Task(calibration=data(8, 4)))
+    result = InsertQdq(vnni=True).run(with_value("2.bias", torch.inf), Task(calibration=data(8, 4)))
     assert refused(result) == [("not-finite", "_2")]
     assert "its bias holds NaN or Inf" in result.refusals[0].reason
 
 
 def test_a_weight_that_makes_nan_is_named():
     with pytest.raises(InputError, match="_2 computes NaN on calibration batch 0; check that batch, or the weights"):
-        InsertQdq().run(with_value("2.weight", torch.nan), Task(calibration=data(8, 4)))
+        InsertQdq(vnni=True).run(with_value("2.weight", torch.nan), Task(calibration=data(8, 4)))
 
 
 def test_a_range_that_is_infinite():

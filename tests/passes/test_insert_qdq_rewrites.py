@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from fxcompress.passes.quantization.rewrites import ATTENTION, flatten_rows, split_attention
+from fxcompress.passes.quantization.rewrites import flatten_rows, split_attention
+from fxcompress.passes.quantization.targets import ATTENTION
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 

@@ -30,7 +30,8 @@ def network():
 
 def quantized(x, model=None):
     model = model or network()
-    return PassManager("insert-qdq,correct-bias").run(trace(model, x), Task(calibration=list(x.split(16)))).program
+    task = Task(calibration=list(x.split(16)))
+    return PassManager("insert-qdq{vnni=true},correct-bias").run(trace(model, x), task).program
 
 
 def refined(program, x, **options):

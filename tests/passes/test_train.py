@@ -116,7 +116,7 @@ def test_quantized_weights_learn_through_rounding():
     """A weight on which a pair of Q/DQ nodes acts gets the gradient of what it was rounded to."""
     given = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
     images, targets = X.float(), Y.float()
-    done = PassManager("insert-qdq").run(trace(given, images[:4]), Task(calibration=[images]))
+    done = PassManager("insert-qdq{vnni=true}").run(trace(given, images[:4]), Task(calibration=[images]))
     batch = (images, targets)
 
     after = PassManager("train{optimizer=sgd rate=0.1}").run(done.program, task(training=[batch])).program
