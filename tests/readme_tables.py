@@ -77,6 +77,18 @@ def int8_latency():
     return github([[str(row[column]) for column in columns] for row in results("int8_latency")["rows"]], columns)
 
 
+def int8_fidelity():
+    rows = results("int8_fidelity")["rows"]
+    models = dict.fromkeys(row["model"] for row in rows)
+    found = {(row["row"], row["where"], row["model"]): row for row in rows if "error" not in row}
+
+    def cell(*key):
+        return f"{found[key]['sqnr_db']:.1f} / {found[key]['agreement']:.2f}" if key in found else "-"
+
+    kinds = dict.fromkeys((row, where) for row, where, _ in found)
+    return github([(*kind, *(cell(*kind, model) for model in models)) for kind in kinds], ("int8 by", "in", *models))
+
+
 def trace_time():
     columns = ("family", "depth", "nodes", "export_s", "rest_s", "ratio", "rest_ms_per_node")
     rows = [[str(row[column]) for column in columns] for row in results("trace_time")["rows"]]
@@ -130,7 +142,7 @@ def removal_growth():
 
 _MADE = (
     passes, layers, exports, coverage, trace_time, removal_coverage, one_shot_quality, removal_speed, removal_growth,
-    int8_latency,
+    int8_latency, int8_fidelity,
 )  # fmt: skip
 TABLES = {function.__name__: function for function in _MADE}
 

@@ -12,9 +12,9 @@ from fxcompress.pipeline.text import Pipeline, as_pipeline, parse
 # Weights for onnxruntime have 7 bits: without VNNI its kernels add pairs of 8-bit products in 16 bits, which overflow.
 RECIPES: Mapping[str, str] = {
     "default": "eliminate-dead,fold-constants,fold-batchnorm",
-    "int8": ("eliminate-dead,fold-constants,fold-batchnorm,equalize,insert-qdq,correct-bias,refine-rounding"),
+    "int8": "eliminate-dead,fold-constants,fold-batchnorm,insert-qdq,correct-bias,refine-rounding",
     "int8-onnxruntime": (
-        "eliminate-dead,fold-constants,fold-batchnorm,equalize,"
+        "eliminate-dead,fold-constants,fold-batchnorm,"
         "insert-qdq{target=onnxruntime weight-bits=7},correct-bias,refine-rounding"
     ),
     "half-int8": (
