@@ -190,8 +190,13 @@ class Entropy(Histogram):
     """The range whose grid keeps the most of the distribution: least Kullback-Leibler divergence (Migacz 2017).
 
     As in "8-bit inference with TensorRT", the distribution with its tails moved to the ends is compared with what is
-    left of it when the bins of each step are spread evenly over those that are not empty.
+    left of it when the bins of each step are spread evenly over those that are not empty. Zeros, which activations
+    give so many of and every grid holds exactly, do not count: to keep them, everything else would be cut off.
     """
+
+    def update(self, x: torch.Tensor) -> None:
+        others = x[x != 0]
+        super().update(others if others.numel() else x)
 
     def _chosen(self, everything: Range, grid: Grid) -> Range:
         centres, counts = self._seen()

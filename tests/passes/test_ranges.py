@@ -67,6 +67,12 @@ def test_the_optimum_is_between_everything_and_nothing(name):
     assert 0.2 * values.min() > found.low > 0.8 * values.min()
 
 
+def test_zeros_do_not_make_entropy_cut_off_the_rest():
+    generator = torch.Generator().manual_seed(0)
+    values = (torch.randn(100_000, generator=generator) - 1).relu()
+    assert observed("entropy", values, grid=Grid(bits=8)).high > 0.5 * values.max()
+
+
 def test_mse_finds_the_least_error_among_all_symmetric_clips():
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(100_000, generator=generator, dtype=torch.float64)
