@@ -35,6 +35,7 @@ BUILT_IN: Mapping[str, str] = {
     "fold-batchnorm": "fxcompress.passes.fold_batchnorm:FoldBatchnorm",
     "fold-constants": "fxcompress.passes.fold_constants:FoldConstants",
     "insert-qdq": "fxcompress.passes.insert_qdq:InsertQdq",
+    "quantize-dynamic": "fxcompress.passes.quantize_dynamic:QuantizeDynamic",
     "quantize-weights": "fxcompress.passes.quantize_weights:QuantizeWeights",
     "ranges": "fxcompress.passes.ranges:Ranges",
     "reestimate-batchnorm": "fxcompress.passes.reestimate_batchnorm:ReestimateBatchnorm",

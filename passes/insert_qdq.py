@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from fxcompress.passes.quantization import weights
 from fxcompress.passes.quantization.grid import QuantizationParameters, Range
 from fxcompress.passes.quantization.nodes import QUANTIZED, matches, quantize_dequantize, quantized
 from fxcompress.passes.quantization.placement import Placement, Point
 from fxcompress.passes.quantization.processor import has_vnni
 from fxcompress.passes.quantization.rewrites import flatten_rows, split_attention
 from fxcompress.passes.quantization.targets import ATTENTION, PADS, Target, target_of
-from fxcompress.passes.quantization.weights import channel_scales, quantize_weight
 from fxcompress.passes.ranges import Ranges
 from torch import fx
 
@@ -127,16 +127,7 @@ def _objection(call: Operation, target: Target) -> tuple[str, str] | None:
         return "constant-operand", "it multiplies by a tensor of the model's state; write it as a linear layer"
     if call.overload in target.products:
         return None
-    weight, bias = call.parameter("weight"), call.parameter("bias")
-    if weight is None:
-        return "computed-weight", "its weight is computed in the graph; store the weight"
-    if weight.dtype != torch.float32:
-        dtype = f"its weight is {weight.dtype}, and only torch.float32 becomes integers; convert the model first"
-        return "not-float32", dtype
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and not bool(torch.isfinite(tensor).all()):
-            return "not-finite", f"its {name} holds NaN or Inf; repair the model"
-    return None
+    return weights.objection(call)
 
 
 def _unbounded(reader: fx.Node, source: fx.Node) -> Refusal:
@@ -174,7 +165,8 @@ def _quantize_layer(root: fx.GraphModule, node: fx.Node, target: Target, bits: i
     if scale is None:
         return False
     reader = lowered(root, layer.operation)
-    quantize_weight(root, layer, reader, channel_scales(layer, scale, bits, pairs=not vnni), bits)
+    scales = weights.channel_scales(layer, scale, bits, pairs=not vnni)
+    weights.quantize_weight(root, layer, reader, scales, bits)
     return True
 
 

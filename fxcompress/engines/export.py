@@ -136,6 +136,8 @@ def _write(module: fx.GraphModule, interface: Interface, file: Path, target: For
                 result = run_pieces(_tensors(call), {name: point.value for name, point in rounded.items()})
                 _check_pieces(file, names, result, reference, rounded)
             exact = [_tensors(output) for output in _outputs(without_quantization(module), calls)]
+            if target.finish is not None:
+                target.finish(staging)
         run = target.open(staging, names)
         errors, rounding = [], _rounding(module)
         for call, reference, before in zip(calls, expected, exact, strict=True):

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from fxcompress.engines.names import Names, Run, RunPieces
+from fxcompress.engines.onnx_dynamic import multiply_integers
 from fxcompress.engines.onnx_format import onnx_pieces, open_onnx, write_onnx
 from fxcompress.engines.onnx_integers import round_biases
 from fxcompress.engines.openvino_format import open_openvino, openvino_pieces, write_openvino
@@ -30,6 +31,7 @@ class Format:
         packages: What it needs, by import name.
         write: Writes a module to a file.
         open: Opens a file for running it on the CPU.
+        finish: Rewrites a quantized file, once it was found right piece by piece, the way the engine finds its kernels.
         open_pieces: Opens a file cut at the values of those names, to be computed as it is written, where the engine
             would compute something else.
         unsupported: dtypes that cannot go in or out.
@@ -41,6 +43,7 @@ class Format:
     write: Callable[[nn.Module, Interface, Path, Names], None]
     open: Callable[[Path, Names], Run]
     open_pieces: Callable[[Path, Names, Collection[str]], RunPieces] | None = None
+    finish: Callable[[Path], None] | None = None
     unsupported: frozenset[torch.dtype] = frozenset()
 
 
@@ -79,6 +82,7 @@ FORMATS: Mapping[str, Format] = {
         _write_onnxruntime,
         open_onnx,
         onnx_pieces,
+        multiply_integers,
         _NOT_IN_NUMPY,
     ),
     ".xml": Format(
@@ -88,7 +92,7 @@ FORMATS: Mapping[str, Format] = {
         write_openvino,
         open_openvino,
         openvino_pieces,
-        _NOT_IN_NUMPY,
+        unsupported=_NOT_IN_NUMPY,
     ),
     ".pt2": Format("Export to a torch.export archive", "", (), _write_pt2, _open_pt2),
 }

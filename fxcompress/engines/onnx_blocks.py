@@ -10,14 +10,14 @@ from torch.export import ExportedProgram
 from fxcompress.engines.integers import is_call
 
 _BLOCKED = "dequantize_per_channel_group"
-_OPSET = 21
+BLOCKS_OPSET = 21
 """The first that has blocks, and 4-bit integers."""
 
 _INT4 = (-8, 7)
 
 
-def blocked_options(exported: ExportedProgram) -> dict[str, Any]:
-    """Options of ``torch.onnx.export`` for a graph that has weights in blocks; none for others."""
+def block_translations(exported: ExportedProgram) -> dict[Any, Any]:
+    """Translations for ``torch.onnx.export`` of a graph that has weights in blocks; none for others."""
     if not any(is_call(node, _BLOCKED) for node in exported.graph.nodes):
         return {}
     from onnxscript import opset21
@@ -35,7 +35,7 @@ def blocked_options(exported: ExportedProgram) -> dict[str, Any]:
         return opset21.DequantizeLinear(integers, scales, axis=1, block_size=group_size)
 
     operator = torch.ops.quantized_decomposed.dequantize_per_channel_group.default
-    return {"opset_version": _OPSET, "custom_translation_table": {operator: dequantize}}
+    return {operator: dequantize}
 
 
 def pack_blocks(model: Any) -> None:

@@ -19,7 +19,8 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_flatten
 
 from fxcompress.engines.names import Names, Run, RunPieces, pieces_of
-from fxcompress.engines.onnx_blocks import blocked_options, pack_blocks
+from fxcompress.engines.onnx_blocks import BLOCKS_OPSET, block_translations, pack_blocks
+from fxcompress.engines.onnx_dynamic import forget_types, grid_translations
 from fxcompress.engines.onnx_optimizer import simplify
 from fxcompress.engines.reexport import reexport
 from fxcompress.errors import ArtifactError
@@ -50,6 +51,7 @@ def write_onnx(module: nn.Module, interface: Interface, path: Path, names: Names
 
     exported = reexport(_TensorOutputs(module).eval(), interface)
     _settle_attention(exported)
+    blocks = block_translations(exported)
     with _quiet():
         try:
             program = torch.onnx.export(
@@ -60,7 +62,8 @@ def write_onnx(module: nn.Module, interface: Interface, path: Path, names: Names
                 optimize=False,
                 input_names=names.inputs,
                 output_names=names.outputs,
-                **blocked_options(exported),
+                opset_version=BLOCKS_OPSET if blocks else None,
+                custom_translation_table=blocks | grid_translations(exported),
             )
             assert program is not None
             simplify(program.model)
@@ -69,6 +72,7 @@ def write_onnx(module: nn.Module, interface: Interface, path: Path, names: Names
     model = program.model_proto
     _name_dims(model, names)
     pack_blocks(model)
+    forget_types(model)
     onnx.save(model, path)
 
 

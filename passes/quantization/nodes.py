@@ -7,13 +7,14 @@ grid point of its choice; exported files hold the integers.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 import torch.ao.quantization.fx._decomposed  # registers the operators
-from fxcompress.passes.quantization.grid import QuantizationParameters
+from fxcompress.passes.quantization.grid import SMALLEST, QuantizationParameters
 from torch import fx
 
 from fxcompress.tracing.raising import called_path
@@ -32,6 +33,23 @@ def quantize_dequantize(source: fx.Node, parameters: QuantizationParameters) -> 
         integers = call(quantized.quantize_per_tensor.default, (source, *given))
     with source.graph.inserting_after(integers):
         return call(quantized.dequantize_per_tensor.default, (integers, *given))
+
+
+def quantize_at_run_time(source: fx.Node) -> fx.Node:
+    """As :func:`quantize_dequantize`, with the 8-bit grid that holds the values of each call."""
+    graph, grid = source.graph, (0, 255)
+    with graph.inserting_after(last_input(source)):
+        chosen = call(quantized.choose_qparams.tensor, (source, *grid, SMALLEST, torch.uint8))
+    with graph.inserting_after(chosen):
+        zero_point = graph.call_function(operator.getitem, (chosen, 1))
+        scale = graph.call_function(operator.getitem, (chosen, 0))
+    for index, part in enumerate((scale, zero_point)):
+        part.meta["val"] = chosen.meta["val"][index]
+    given = (scale, zero_point, *grid, torch.uint8)
+    with graph.inserting_after(zero_point):
+        integers = call(quantized.quantize_per_tensor.tensor, (source, *given))
+    with graph.inserting_after(integers):
+        return call(quantized.dequantize_per_tensor.tensor, (integers, *given))
 
 
 def last_input(node: fx.Node) -> fx.Node:

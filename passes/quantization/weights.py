@@ -21,7 +21,7 @@ from fxcompress.passes.quantization.nodes import call, quantized
 from torch import fx
 
 from fxcompress.ir.lowering import read_state
-from fxcompress.ir.ops import argument_names, free_name, set_state
+from fxcompress.ir.ops import Operation, argument_names, free_name, set_state
 from fxcompress.ir.weighted import WeightedLayer
 
 _BIAS_STEPS = 2.0**30
@@ -64,6 +64,20 @@ def _pair_sums(layer: WeightedLayer, weight: torch.Tensor) -> torch.Tensor:
     if inputs == 1:  # depthwise kernels multiply by themselves
         return rows.new_zeros(len(rows))
     return rows.unfold(1, 2, 1 if inputs % 2 else 2).sum(-1).abs().amax(1)
+
+
+def objection(call: Operation) -> tuple[str, str] | None:
+    """Code and reason of a refusal, if the weight of a layer cannot become integers."""
+    weight, bias = call.parameter("weight"), call.parameter("bias")
+    if weight is None:
+        return "computed-weight", "its weight is computed in the graph; store the weight"
+    if weight.dtype != torch.float32:
+        dtype = f"its weight is {weight.dtype}, and only torch.float32 becomes integers; convert the model first"
+        return "not-float32", dtype
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            return "not-finite", f"its {name} holds NaN or Inf; repair the model"
+    return None
 
 
 def channel_axis(layer: WeightedLayer) -> int:
