@@ -13,10 +13,12 @@ from functools import cached_property
 from typing import ClassVar
 
 import torch
+from fxcompress.passes.quantization.held import integer_weight, is_quantization, reads_integers
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from fxcompress.ir.example_sizes import ExampleSizes
+from fxcompress.ir.layers import BY_OVERLOAD
 from fxcompress.ir.macs import RULES, ShapedCall
 from fxcompress.ir.ops import Operation, operation, state_read
 from fxcompress.ir.program import Program
@@ -31,11 +33,13 @@ class LayerCost:
 
     Attributes:
         name: Qualified module name, or the node's name where the call is no module; ``name@1`` is a second call.
-        kind: Class of the module, or name of the operator.
+        kind: Class of the module, or name of the operator; ``W8`` behind it for a weight of 8-bit integers, ``A8`` for
+            an input made of integers.
         params: Elements of the parameters that no earlier row has; 0 where all are shared with one.
         macs: Multiply-accumulates.
-        weight_bytes: Bytes of parameters and buffers that no earlier row has.
-        activation_bytes: Bytes of the output.
+        weight_bytes: Bytes of parameters and buffers that no earlier row has; where a weight is quantized, of its
+            integers and their scales.
+        activation_bytes: Bytes of the output, of integers where nothing else is read.
         output_shape: Shape of the (first) output.
         dtype: Element type of the (first) output.
     """
@@ -100,13 +104,13 @@ class Cost(Analysis[CostReport]):
         calls: Counter[str] = Counter()
         layers = []
         for node in program.nodes:
-            if node.op in ("placeholder", "get_attr"):
+            if node.op in ("placeholder", "get_attr") or is_quantization(node):
                 continue
-            state = {id(tensor): tensor for tensor in _state(program.graph_module, node)}
+            state = {id(tensor): (tensor, size) for tensor, size in _state(program.graph_module, node)}
             call = operation(program.graph_module, node)
             products = _macs(call, sizes) if call is not None else 0
             if state or products:
-                own = [tensor for key, tensor in state.items() if key not in counted]
+                own = [held for key, held in state.items() if key not in counted]
                 counted |= state.keys()
                 layers.append(_row(program.graph_module, node, own, products, sizes, calls))
         return CostReport(tuple(layers))
@@ -122,31 +126,68 @@ def _outputs(node: fx.Node) -> list[torch.Tensor]:
     return [value for value in tree_leaves(node.meta.get("val")) if isinstance(value, torch.Tensor)]
 
 
-def _state(graph_module: fx.GraphModule, node: fx.Node) -> Iterator[torch.Tensor]:
+def _state(root: fx.GraphModule, node: fx.Node) -> Iterator[tuple[torch.Tensor, int]]:
+    """The state that a node reads, each tensor with its bytes."""
     for reader in (node, *node.all_input_nodes):
         if reader is node or reader.op == "get_attr":
-            yield from state_read(graph_module, reader).values()
+            for tensor in state_read(root, reader).values():
+                yield tensor, tensor.numel() * tensor.element_size()
+    weight = integer_weight(root, node)
+    if weight is not None:
+        yield from weight.tensors
 
 
 def _row(
-    root: nn.Module, node: fx.Node, own: list[torch.Tensor], products: int, sizes: ExampleSizes, calls: Counter[str]
+    root: fx.GraphModule,
+    node: fx.Node,
+    own: list[tuple[torch.Tensor, int]],
+    products: int,
+    sizes: ExampleSizes,
+    calls: Counter[str],
 ) -> LayerCost:
-    module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
-    name = node.name if module is None else str(node.target)
+    name, kind = _named(root, node)
     calls[name] += 1
     outputs = _outputs(node)
     shapes = [sizes.shape(value) for value in outputs]
     return LayerCost(
         name=name if calls[name] == 1 else f"{name}@{calls[name] - 1}",
-        kind=_operator(node) if module is None else type(module).__name__,
-        params=sum(tensor.numel() for tensor in own if isinstance(tensor, nn.Parameter)),
+        kind=kind,
+        params=sum(tensor.numel() for tensor, _ in own if isinstance(tensor, nn.Parameter)),
         macs=products,
-        weight_bytes=sum(tensor.numel() * tensor.element_size() for tensor in own),
-        activation_bytes=sum(math.prod(s) * v.element_size() for s, v in zip(shapes, outputs, strict=True)),
+        weight_bytes=sum(size for _, size in own),
+        activation_bytes=sum(
+            math.prod(shape) * (1 if _read_as_integers(node) else value.element_size())
+            for shape, value in zip(shapes, outputs, strict=True)
+        ),
         output_shape=shapes[0] if shapes else (),
         dtype=str(outputs[0].dtype).removeprefix("torch.") if outputs else "",
     )
 
 
-def _operator(node: fx.Node) -> str:
-    return str(getattr(node.target, "__name__", node.target))
+def _named(root: fx.GraphModule, node: fx.Node) -> tuple[str, str]:
+    """Name and kind; a module that became a call with a quantized weight keeps them."""
+    if node.op == "call_module":
+        return str(node.target), type(root.get_submodule(str(node.target))).__name__
+    weight = integer_weight(root, node)
+    if weight is None:
+        return node.name, str(getattr(node.target, "__name__", node.target))
+    path, _, leaf = weight.name.rpartition(".")
+    modules = BY_OVERLOAD.get(node.target, [])  # type: ignore[call-overload]
+    kind = modules[0].module.__name__ if modules else str(getattr(node.target, "__name__", node.target))
+    integers = f"W{weight.bits}A8" if reads_integers(root, node) else f"W{weight.bits}"
+    return path if path and leaf == "weight" else node.name, f"{kind} {integers}"
+
+
+def _read_as_integers(node: fx.Node) -> bool:
+    """Whether nothing reads a value but what makes integers of it, maybe behind an activation."""
+    while len(node.users) == 1:
+        (user,) = node.users
+        if is_quantization(user) or len(user.all_input_nodes) > 1 or not _same_shape(node, user):
+            break
+        node = user
+    return bool(node.users) and all(map(is_quantization, node.users))
+
+
+def _same_shape(node: fx.Node, user: fx.Node) -> bool:
+    shapes = [getattr(each.meta.get("val"), "shape", None) for each in (node, user)]
+    return shapes[0] is not None and shapes[0] == shapes[1]

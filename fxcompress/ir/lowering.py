@@ -11,8 +11,8 @@ from fxcompress.ir.ops import Operation, argument_names, get_state, set_module
 def lowered(graph_module: fx.GraphModule, call: Operation) -> fx.Node:
     """The call of a module as a ``call_function`` in its place, whose parameters are read by ``get_attr`` nodes.
 
-    The parameters keep their names; the module becomes a container when no node calls it any more. A call that is a
-    ``call_function`` already is given back as it is.
+    The node and the parameters keep their names; the module becomes a container when no node calls it any more. A call
+    that is a ``call_function`` already is given back as it is.
     """
     if call.module is None:
         return call.node
@@ -24,6 +24,7 @@ def lowered(graph_module: fx.GraphModule, call: Operation) -> fx.Node:
     made.meta = dict(call.node.meta)
     call.node.replace_all_uses_with(made)
     graph.erase_node(call.node)
+    made.name = call.node.name
     if all(node.op != "call_module" or str(node.target) != path for node in graph.nodes):
         container = nn.Module().eval()
         container._parameters, container._buffers = dict(call.module._parameters), dict(call.module._buffers)
