@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from fxcompress.passes.quantization import weights
@@ -50,6 +50,7 @@ class InsertQdq(Transform):
         batches: How many of the task's calibration batches to use.
         least: Calibration samples that must be there.
         weight_bits: Bits of the integers that weights become; engines keep them in 8.
+        granularity: What has a scale of its own: each output channel of a weight, or the weight as a whole.
         vnni: Whether the processor that will run the model adds up products of integers in 32 bits (VNNI, AMX, Arm's
             dot product); none asks the one of this machine. Without it weights are kept from saturating sums in 16
             bits, and what the engine computes slower in integers than in float32 stays as it is.
@@ -64,6 +65,7 @@ class InsertQdq(Transform):
     batches: int = 64
     least: int = 8
     weight_bits: int = 8
+    granularity: Literal["channel", "tensor"] = "channel"
     vnni: bool | None = None
 
     def __post_init__(self) -> None:
@@ -74,8 +76,8 @@ class InsertQdq(Transform):
 
     def run(self, program: Program, task: Task | None) -> PassResult:
         """Counts the ``layers`` and ``activations`` that became integers."""
-        root, target, vnni = program.graph_module, target_of(self.target), self._vnni
-        target = target if vnni else target.without_slow()
+        root, target = program.graph_module, target_of(self.target)
+        target = target if self._vnni else target.without_slow()
         if any(getattr(node.target, "namespace", None) == QUANTIZED for node in program.nodes):
             return PassResult(changed=False, statistics={"layers": 0, "activations": 0})
         refusals = {refusal.node: refusal for refusal in _objections(root, target)}
@@ -95,7 +97,7 @@ class InsertQdq(Transform):
             for reader in point.readers:
                 reader.replace_input_with(point.source, integers)
         nodes = [node for node in program.nodes if node not in floating]
-        layers = sum(_quantize_layer(root, node, target, self.weight_bits, vnni) for node in nodes)
+        layers = sum(self._quantize_weight(root, node, target) for node in nodes)
         return PassResult(
             rewritten or bool(points), tuple(refusals.values()), {"layers": layers, "activations": len(points)}
         )
@@ -103,6 +105,19 @@ class InsertQdq(Transform):
     @property
     def _vnni(self) -> bool:
         return has_vnni() if self.vnni is None else self.vnni
+
+    def _quantize_weight(self, root: fx.GraphModule, node: fx.Node, target: Target) -> bool:
+        """Makes integers of the weight of a layer whose input is integers; tells whether it is one."""
+        call = operation(root, node)
+        layer = weighted_layer(call) if call is not None and call.overload in target.layers else None
+        scale = None if layer is None else _scale(root, layer.operation["input"], target)
+        if layer is None or scale is None:
+            return False
+        scales = weights.channel_scales(layer, scale, self.weight_bits, pairs=not self._vnni)
+        if self.granularity == "tensor":
+            scales = scales.max().expand_as(scales).contiguous()
+        weights.quantize_weight(root, layer, lowered(root, layer.operation), scales, self.weight_bits)
+        return True
 
 
 def _objections(root: fx.GraphModule, target: Target) -> Iterator[Refusal]:
@@ -153,21 +168,6 @@ def _parameters(points: list[Point], ranges: Mapping[str, Range]) -> list[Quanti
         found = ranges[point.source.name]
         united[point.sharing] = united.get(point.sharing, found).united(found)
     return [point.grid.parameters(united[point.sharing]) for point in points]
-
-
-def _quantize_layer(root: fx.GraphModule, node: fx.Node, target: Target, bits: int, vnni: bool) -> bool:
-    """Makes integers of the weight of a layer whose input is integers."""
-    call = operation(root, node)
-    layer = weighted_layer(call) if call is not None and call.overload in target.layers else None
-    if layer is None:
-        return False
-    scale = _scale(root, layer.operation["input"], target)
-    if scale is None:
-        return False
-    reader = lowered(root, layer.operation)
-    scales = weights.channel_scales(layer, scale, bits, pairs=not vnni)
-    weights.quantize_weight(root, layer, reader, scales, bits)
-    return True
 
 
 def _scale(root: fx.GraphModule, node: fx.Node, target: Target) -> float | None:

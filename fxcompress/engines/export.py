@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,14 @@ from fxcompress.engines.formats import Format, format_of
 from fxcompress.engines.integers import is_quantized, with_integer_weights, without_quantization
 from fxcompress.engines.names import Names
 from fxcompress.engines.pieces import Rounded, check_rounded, rounded_values
-from fxcompress.errors import ArtifactError, CaptureError, InputError, MissingExtraError, VerificationError
+from fxcompress.errors import (
+    ArtifactError,
+    CaptureError,
+    FxCompressError,
+    InputError,
+    MissingExtraError,
+    VerificationError,
+)
 from fxcompress.ir.emit import INTERFACE, with_signature
 from fxcompress.ir.program import Interface, Program
 from fxcompress.staging import staged
@@ -131,21 +139,39 @@ def _write(module: fx.GraphModule, interface: Interface, file: Path, target: For
         exact: list[Any] = [None for _ in expected]
         if is_quantized(module) and target.open_pieces is not None:
             points = [rounded_values(module, interface, names.outputs, call) for call in calls]
-            run_pieces = target.open_pieces(staging, names, points[0].keys())
+            with _engine(file):
+                run_pieces = target.open_pieces(staging, names, points[0].keys())
             for call, reference, rounded in zip(calls, expected, points, strict=True):
-                result = run_pieces(_tensors(call), {name: point.value for name, point in rounded.items()})
+                with _engine(file):
+                    result = run_pieces(_tensors(call), {name: point.value for name, point in rounded.items()})
                 _check_pieces(file, names, result, reference, rounded)
             exact = [_tensors(output) for output in _outputs(without_quantization(module), calls)]
             if target.finish is not None:
                 target.finish(staging)
-        run = target.open(staging, names)
+        with _engine(file):
+            run = target.open(staging, names)
         errors, rounding = [], _rounding(module)
         for call, reference, before in zip(calls, expected, exact, strict=True):
-            with seeded():
+            with seeded(), _engine(file):
                 given = run(_tensors(call))
             errors.append(_check(file, names, reference, given, before, rounding))
         size = sum(made.stat().st_size for made in staging.parent.iterdir())
     return Exported(file, size, max(errors))
+
+
+@contextmanager
+def _engine(file: Path) -> Iterator[None]:
+    """Says of an engine's own errors, which share no base class, which file they are about."""
+    try:
+        yield
+    except FxCompressError:
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[-1] if lines else type(error).__name__
+        raise ArtifactError(
+            f"{file} was not written: the engine cannot run it ({reason}); export to another format, and report it"
+        ) from error
 
 
 def _rounding(module: nn.Module) -> float:

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten
 from fxcompress.engines.names import Names, Run, RunPieces, pieces_of
 from fxcompress.engines.onnx_blocks import BLOCKS_OPSET, block_translations, pack_blocks
 from fxcompress.engines.onnx_dynamic import forget_types, grid_translations
+from fxcompress.engines.onnx_experts import expert_translations
 from fxcompress.engines.onnx_optimizer import simplify
 from fxcompress.engines.reexport import reexport
 from fxcompress.errors import ArtifactError
@@ -63,7 +64,7 @@ def write_onnx(module: nn.Module, interface: Interface, path: Path, names: Names
                 input_names=names.inputs,
                 output_names=names.outputs,
                 opset_version=BLOCKS_OPSET if blocks else None,
-                custom_translation_table=blocks | grid_translations(exported),
+                custom_translation_table=blocks | grid_translations(exported) | expert_translations(exported),
             )
             assert program is not None
             simplify(program.model)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from models import BERT_INPUTS, residual_net, small_bert, small_vit
 from torch import nn
+from torch.nn import functional
 
 import fxcompress as fxc
 from fxcompress.engines import formats
@@ -186,6 +187,37 @@ def broken(suffix, break_result):
         return lambda tensors: break_result(run(tensors))
 
     return formats.Format(real.purpose, real.extra, (), real.write, open_broken)
+
+
+def test_an_engine_s_own_error_names_the_file(plain, tmp_path, monkeypatch):
+    def fail(results):
+        raise RuntimeError("Exception from somewhere\n  shapes do not fit")
+
+    monkeypatch.setitem(FORMATS, ".pt2", broken(".pt2", fail))
+    with pytest.raises(
+        fxc.ArtifactError, match=r"m.pt2 was not written: the engine cannot run it \(shapes do not fit\)"
+    ):
+        fxc.export(plain, tmp_path / "m.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+class Experts(nn.Module):
+    """Rows in groups, one of them empty, each with a matrix of its own; the last row is in none."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrices = nn.Parameter(torch.randn(3, 16, 8))
+        self.register_buffer("ends", torch.tensor([2, 2, 5], dtype=torch.int32))
+
+    def forward(self, x):
+        return functional.grouped_mm(x, self.matrices, offs=self.ends)[:5]
+
+
+@pytest.mark.skipif(torch.__version__ < (2, 15), reason="before, PyTorch exports grouped products in bfloat16 only")
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_grouped_products_of_experts(suffix, tmp_path):
+    torch.manual_seed(0)
+    fxc.export(fxc.trace(Experts(), torch.randn(6, 16), batch_dim=None), tmp_path / f"m{suffix}")
 
 
 def shifted(results):

@@ -106,6 +106,15 @@ def test_weights_of_fewer_bits(bits, largest):
         InsertQdq(weight_bits=9)
 
 
+@pytest.mark.parametrize(("granularity", "scales"), [("channel", 3), ("tensor", 1)])
+def test_granularity_of_weights(granularity, scales):
+    after, record = quantized(nn.Sequential(nn.Linear(4, 3)), 8, 4, granularity=granularity)
+    (found,) = (value for name, value in after.graph_module.named_buffers() if name.endswith("weight_scale"))
+    assert len(found.unique()) == scales
+    assert (found * 127 >= after.graph_module.get_parameter("0.weight").abs().amax(1)).all()
+    assert record.comparison.sqnr_db > 25
+
+
 @pytest.mark.parametrize(("target", "dtype"), [("x86", torch.uint8), ("executorch", torch.int8)])
 def test_integers_of_other_targets(target, dtype):
     after, record = quantized(residual(), 8, 3, 8, 8, target=target)
