@@ -14,8 +14,16 @@ from fxcompress.ir.ops import get_state, operation, readers, replace_state
 from fxcompress.ir.weighted import WeightedLayer, add_bias, successor, weighted_layer
 from fxcompress.pass_base import Refusal
 
-_QUANTIZERS = {quantized.quantize_per_tensor.default, quantized.quantize_per_channel.default}
-_DEQUANTIZERS = {quantized.dequantize_per_tensor.default, quantized.dequantize_per_channel.default}
+_QUANTIZERS = {
+    quantized.quantize_per_tensor.default,
+    quantized.quantize_per_tensor.tensor,
+    quantized.quantize_per_channel.default,
+}
+_DEQUANTIZERS = {
+    quantized.dequantize_per_tensor.default,
+    quantized.dequantize_per_tensor.tensor,
+    quantized.dequantize_per_channel.default,
+}
 
 
 class Floating(fx.Interpreter):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fxcompress.passes.quantization.layers import Floating
 from fxcompress.passes.quantize_dynamic import QuantizeDynamic
 from models import BERT_INPUTS, small_bert
 from torch import nn
@@ -130,6 +131,23 @@ def test_it_learns_through_rounding():
     trained = fxc.PassManager("train{epochs=1}").run(program, task).program
     before, after = (dict(each.graph_module.named_parameters()) for each in (program, trained))
     assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_corrections_go_on_from_it():
+    x = rows(64)
+    before = fxc.trace(mlp(), x[:4])
+    task = fxc.Task(calibration=list(x.split(16)))
+    dynamic = "quantize-dynamic{weight-bits=4}"
+    plain = fxc.PassManager(dynamic).run(before, task).program
+    corrected = fxc.PassManager(f"{dynamic},correct-bias,refine-rounding").run(before, task).program
+    expected = before(x)
+    assert (corrected(x) - expected).square().sum() < 0.9 * (plain(x) - expected).square().sum()
+
+
+def test_without_rounding_it_is_what_it_was():
+    before = fxc.trace(mlp(), rows())
+    program = fxc.PassManager("quantize-dynamic").run(before).program
+    assert torch.equal(Floating(program.graph_module).run(rows())[0], before(rows()))
 
 
 def test_onnxruntime_multiplies_integers(tmp_path):
