@@ -13,7 +13,8 @@ from functools import cached_property
 from typing import ClassVar
 
 import torch
-from fxcompress.passes.quantization.held import integer_weight, is_quantization, reads_integers
+from fxcompress.passes.quantization.held import integer_weight, reads_integers
+from fxcompress.passes.quantization.nodes import is_quantization
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 

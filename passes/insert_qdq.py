@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from fxcompress.passes.quantization import weights
 from fxcompress.passes.quantization.grid import QuantizationParameters, Range
-from fxcompress.passes.quantization.nodes import QUANTIZED, matches, quantize_dequantize, quantized
+from fxcompress.passes.quantization.nodes import is_quantization, matches, quantize_dequantize, quantized
 from fxcompress.passes.quantization.placement import Placement, Point
 from fxcompress.passes.quantization.processor import has_vnni
 from fxcompress.passes.quantization.rewrites import flatten_rows, split_attention
@@ -78,7 +78,7 @@ class InsertQdq(Transform):
         """Counts the ``layers`` and ``activations`` that became integers."""
         root, target = program.graph_module, target_of(self.target)
         target = target if self._vnni else target.without_slow()
-        if any(getattr(node.target, "namespace", None) == QUANTIZED for node in program.nodes):
+        if any(map(is_quantization, program.nodes)):
             return PassResult(changed=False, statistics={"layers": 0, "activations": 0})
         refusals = {refusal.node: refusal for refusal in _objections(root, target)}
         floating = {node for node in program.nodes if node.name in refusals or matches(node, self.skip)}

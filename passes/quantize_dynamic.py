@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import torch
 from fxcompress.passes.quantization import weights
-from fxcompress.passes.quantization.nodes import QUANTIZED, matches, quantize_at_run_time
+from fxcompress.passes.quantization.nodes import is_quantization, matches, quantize_at_run_time
 from fxcompress.passes.quantization.processor import has_vnni
 from torch import fx
 
@@ -90,5 +90,5 @@ def _linear_layers(root: fx.GraphModule, skip: tuple[str, ...]) -> Iterator[Oper
         if call is None or call.overload is not aten.linear.default or matches(node, skip):
             continue
         weight = call.operands.get("weight")
-        if weight is None or getattr(weight.target, "namespace", None) != QUANTIZED:
+        if weight is None or not is_quantization(weight):
             yield call

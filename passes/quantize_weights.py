@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from fxcompress.passes.quantization.grid import SMALLEST
-from fxcompress.passes.quantization.nodes import QUANTIZED, call, matches, quantized
+from fxcompress.passes.quantization.nodes import call, is_quantization, matches, quantized
 from torch import fx
 
 from fxcompress.errors import InputError
@@ -124,7 +124,7 @@ def _has_weight(found: Operation) -> bool:
 
 def _is_quantized(found: Operation) -> bool:
     weight = found.operands.get("weight")
-    return weight is not None and getattr(weight.target, "namespace", None) == QUANTIZED
+    return weight is not None and is_quantization(weight)
 
 
 def _channel_axis(layer: Operation) -> int:

@@ -166,7 +166,7 @@ def _engine(file: Path) -> Iterator[None]:
         yield
     except FxCompressError:
         raise
-    except Exception as error:
+    except Exception as error:  # those of onnxruntime and OpenVINO share no base class
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[-1] if lines else type(error).__name__
         raise ArtifactError(

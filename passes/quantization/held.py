@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fxcompress.passes.quantization.nodes import QUANTIZED, quantized
+from fxcompress.passes.quantization.nodes import is_quantization, quantized
 from fxcompress.passes.quantization.targets import PADS, VIEWS
 from torch import fx
 
@@ -41,11 +41,6 @@ def integer_weight(root: fx.GraphModule, node: fx.Node) -> IntegerWeight | None:
 def reads_integers(root: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a layer reads a value that was made of integers, maybe through views of it."""
     return any(_made_of_integers(root, operand) for operand in node.all_input_nodes)
-
-
-def is_quantization(node: fx.Node) -> bool:
-    """Whether a node quantizes or dequantizes."""
-    return getattr(node.target, "namespace", None) == QUANTIZED
 
 
 def _made_of_integers(root: fx.GraphModule, node: fx.Node) -> bool:

@@ -52,6 +52,11 @@ def quantize_at_run_time(source: fx.Node) -> fx.Node:
         return call(quantized.dequantize_per_tensor.tensor, (integers, *given))
 
 
+def is_quantization(node: fx.Node) -> bool:
+    """Whether a node quantizes, dequantizes or finds a grid."""
+    return getattr(node.target, "namespace", None) == QUANTIZED
+
+
 def last_input(node: fx.Node) -> fx.Node:
     """Inputs stay together at the head of the graph."""
     while node.op == "placeholder" and node.next.op == "placeholder":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 _INSTRUCTIONS = ("avx_vnni", "avx512_vnni", "amx_int8")
@@ -11,7 +9,6 @@ _WITHOUT = ("x86_64", "x86")
 """Architectures on which engines fall back to sums in 16 bits."""
 
 
-@functools.cache
 def has_vnni() -> bool:
     """Whether products of 8-bit integers are added up in 32 bits by one instruction (VNNI, AMX, Arm's dot product)."""
     found = torch.cpu.get_capabilities()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from fxcompress.passes.quantization.nodes import QUANTIZED
+from fxcompress.passes.quantization.nodes import is_quantization
 from torch import fx
 
 
@@ -21,7 +21,7 @@ class StraightThrough(fx.Interpreter):
         self._real: dict[fx.Node, torch.Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        source = n.args[0] if n.args and getattr(n.target, "namespace", None) == QUANTIZED else None
+        source = n.args[0] if n.args and is_quantization(n) else None
         if not isinstance(source, fx.Node):
             return super().run_node(n)
         with torch.no_grad():

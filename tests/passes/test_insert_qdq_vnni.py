@@ -57,8 +57,6 @@ def test_with_it_all_weights_use_the_whole_grid(vnni, largest):
 )
 def test_nothing_given_asks_this_machine(capabilities, expected, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    processor.has_vnni.cache_clear()
     assert processor.has_vnni() is expected
     _, result = quantized(nn.Sequential(nn.Linear(4, 3)), torch.randn(8, 4))
     assert result.statistics["layers"] == expected
-    processor.has_vnni.cache_clear()
