@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from fxcompress.passes.channels.layout import Dim, Factor, Layout
 from fxcompress.passes.channels.units import NONE, Array, Mask, Units, compact
 
@@ -110,6 +111,7 @@ class Survivors:
         self._elements = elements
         self._stay = elements.stay(removed)
         self._counts = elements.counts(self._stay).tolist()
+        self._places: dict[Dim, torch.Tensor] = {}
 
     def emptied(self) -> Iterator[tuple[str, Array]]:
         """Each array of which nothing stays: the value or state that has it, and its elements' units."""
@@ -160,3 +162,12 @@ class Survivors:
             own = np.ones(factor.size, np.bool_) if mask is None else mask
             flat = (flat[:, None] & own[None, :]).reshape(-1)
         return flat
+
+    def places(self, dim: Dim) -> torch.Tensor | None:
+        """Where in a dim the elements are that stay; ``None`` where all do. The same tensor for the same dim."""
+        if dim not in self._places:
+            mask = self.dim(dim)
+            if mask is None:
+                return None
+            self._places[dim] = torch.from_numpy(np.flatnonzero(mask))
+        return self._places[dim]

@@ -82,7 +82,7 @@ def _sliced_state(
     for name, layout in report.state.items():
         if survivors.shrinks(*layout):
             tensor = get_state(root, name)
-            yield id(tensor), sliced(tensor, [survivors.dim(dim) for dim in layout], buffer)
+            yield id(tensor), sliced(tensor, [survivors.places(dim) for dim in layout], buffer)
 
 
 class _Buffer:
@@ -99,17 +99,16 @@ class _Buffer:
         return self._room[kind][:size].view(shape)
 
 
-def sliced(tensor: torch.Tensor, masks: list[Mask | None], buffer: _Buffer) -> torch.Tensor:
-    """A new tensor with what the masks keep of each dim; a parameter stays one."""
+def sliced(tensor: torch.Tensor, places: list[torch.Tensor | None], buffer: _Buffer) -> torch.Tensor:
+    """A new tensor with the given places of each dim, ``None`` for all; a parameter stays one."""
     kept = tensor.detach()
-    indices = {dim: torch.from_numpy(np.flatnonzero(mask)) for dim, mask in enumerate(masks) if mask is not None}
-    for turn, (dim, index) in enumerate(indices.items(), start=1):
-        there = index.to(tensor.device)
-        if turn == 1 < len(indices):
+    chosen = [(dim, index.to(tensor.device)) for dim, index in enumerate(places) if index is not None]
+    for turn, (dim, index) in enumerate(chosen, start=1):
+        if turn == 1 < len(chosen):
             between = buffer.of(kept, (*kept.shape[:dim], len(index), *kept.shape[dim + 1 :]))
-            kept = torch.index_select(kept, dim, there, out=between)
+            kept = torch.index_select(kept, dim, index, out=between)
         else:
-            kept = kept.index_select(dim, there)
+            kept = kept.index_select(dim, index)
     return nn.Parameter(kept, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else kept
 
 

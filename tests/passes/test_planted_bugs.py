@@ -71,13 +71,13 @@ def slicing(change):
 
     def plant(patch):
         right = removal.sliced
-        patch.setattr(removal, "sliced", lambda tensor, masks, *room: right(tensor, change(tensor, masks), *room))
+        patch.setattr(removal, "sliced", lambda tensor, places, *room: right(tensor, change(tensor, places), *room))
 
     return plant
 
 
-def first(mask):
-    return None if mask is None else np.arange(len(mask)) < mask.sum()
+def first(places):
+    return None if places is None else torch.arange(len(places))
 
 
 def pieces_exchanged(patch):
@@ -153,22 +153,24 @@ BUGS = {
     "a bias that was forgotten": (
         lambda: between(lambda m, x: x),
         IMAGE,
-        slicing(lambda tensor, masks: [first(mask) for mask in masks] if tensor.dim() == 1 else masks),
+        slicing(lambda tensor, places: [first(each) for each in places] if tensor.dim() == 1 else places),
     ),
     "wrong rows": (
         lambda: between(lambda m, x: x),
         IMAGE,
-        slicing(lambda tensor, masks: [first(masks[0]), *masks[1:]] if tensor.dim() == 4 else masks),
+        slicing(lambda tensor, places: [first(places[0]), *places[1:]] if tensor.dim() == 4 else places),
     ),
     "wrong columns": (
         lambda: between(lambda m, x: x),
         IMAGE,
-        slicing(lambda tensor, masks: [masks[0], *map(first, masks[1:])]),
+        slicing(lambda tensor, places: [places[0], *map(first, places[1:])]),
     ),
     "statistics of other channels": (
         lambda: between(lambda m, x: m.norm(x), norm=nn.BatchNorm2d(16)),
         IMAGE,
-        slicing(lambda tensor, masks: masks if isinstance(tensor, nn.Parameter) else [first(mask) for mask in masks]),
+        slicing(
+            lambda tensor, places: places if isinstance(tensor, nn.Parameter) else [first(each) for each in places]
+        ),
     ),
     "pieces of a split exchanged": (
         lambda: between(lambda m, x: sum(part.mean(1, keepdim=True) for part in x.split([6, 10], 1))),

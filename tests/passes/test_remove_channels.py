@@ -327,8 +327,9 @@ def test_refuses_a_plan_that_the_groups_do_not_fit(tmp_path, change, message):
 def test_a_wrong_slice_leaves_the_program_as_it_was(monkeypatch):
     right = removal.sliced
 
-    def backwards(tensor, masks, buffer):
-        return right(tensor, [None if mask is None else mask[::-1].copy() for mask in masks], buffer)
+    def backwards(tensor, places, buffer):
+        sizes = zip(tensor.shape, places, strict=True)
+        return right(tensor, [None if kept is None else size - 1 - kept.flip(0) for size, kept in sizes], buffer)
 
     monkeypatch.setattr(removal, "sliced", backwards)
 

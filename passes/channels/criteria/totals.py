@@ -105,9 +105,11 @@ def marginals(each: Each, dims: Iterable[int], *tensors: torch.Tensor) -> dict[i
     The tensors are read in pieces that fit in a cache, once for all dims; pieces are added up in double precision.
     """
     count, *rest = tensors[0].shape
+    single = torch.promote_types(tensors[0].dtype, torch.float32)
+    if not rest:
+        return {0: each(*(tensor.detach().to(single) for tensor in tensors)).cpu().numpy().astype(np.float64)}
     size, wanted = math.prod(rest), set(dims)
     step = max(1, _PIECE // max(1, size))
-    single = torch.promote_types(tensors[0].dtype, torch.float32)
     matrices = [tensor.detach().reshape(count, size) for tensor in tensors]
     first, others = np.zeros(count), np.zeros(size)
     for top in range(0, count, step):
