@@ -27,7 +27,7 @@ from fxcompress.tracing.inputs import flatten_call
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
-_MEASURED = ("eager", "onnxruntime", "openvino")
+_MEASURED = ("eager", "onnxruntime", "openvino", "executorch")
 _ROUNDS, _BUDGET_S = 15, 3.0
 
 
@@ -62,9 +62,9 @@ def compile(
     Args:
         model: A Program, a module that a Program emitted, or any other module with its example inputs. The result keeps
             its weights of now (``eager`` and ``inductor`` share them).
-        engine: ``eager``, ``inductor``, ``onnxruntime`` or ``openvino``; the last two run on the CPU. ``auto`` measures
-            all but ``inductor``, which may compile for minutes, on the example inputs and takes the fastest of those
-            that compute what the model computes.
+        engine: ``eager``, ``inductor``, ``onnxruntime``, ``openvino`` or ``executorch``; the last three run on the CPU.
+            ``auto`` measures all but ``inductor``, which may compile for minutes, on the example inputs and takes the
+            fastest of those that compute what the model computes.
         example_inputs: As for :func:`fxcompress.trace`, where the model does not carry its own.
 
     Raises:
@@ -183,5 +183,6 @@ ENGINES: Mapping[str, Callable[[fx.GraphModule, Interface], Built]] = {
     "inductor": _inductor,
     "onnxruntime": _from_file(".onnx"),
     "openvino": _from_file(".xml"),
+    "executorch": _from_file(".pte"),
 }
 """Engine -> what builds a callable for a module in eval mode, and gives its size in bytes."""

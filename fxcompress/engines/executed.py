@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fxcompress.engines import executorch_layers
 from fxcompress.errors import ArtifactError, InputError
 
 
@@ -46,7 +47,7 @@ def executed_layers(file: Path) -> tuple[ExecutedLayer, ...]:
     """The layers that an engine runs for a file, in order; those of files that ``fxcompress.export`` writes.
 
     Args:
-        file: An ONNX file (run by onnxruntime) or an OpenVINO IR (run by OpenVINO), on the CPU.
+        file: An ONNX file (run by onnxruntime), an OpenVINO IR (run by OpenVINO) or an ExecuTorch program, on the CPU.
 
     Raises:
         InputError: Another kind of file.
@@ -102,4 +103,10 @@ def _openvino_layer(operation: Any) -> ExecutedLayer | None:
     return ExecutedLayer(operation.get_friendly_name(), kind, precision in _INTEGER_PRECISIONS)
 
 
-_READERS: Mapping[str, Callable[[Path], list[ExecutedLayer]]] = {".onnx": _of_onnxruntime, ".xml": _of_openvino}
+def _of_executorch(file: Path) -> list[ExecutedLayer]:
+    return [ExecutedLayer(*found) for found in executorch_layers.layers(file)]
+
+
+_READERS: Mapping[str, Callable[[Path], list[ExecutedLayer]]] = {
+    ".onnx": _of_onnxruntime, ".xml": _of_openvino, ".pte": _of_executorch,
+}  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path
 
 from fxcompress.engines.formats import Format, format_of
 from fxcompress.engines.integers import is_quantized, with_integer_weights, without_quantization
-from fxcompress.engines.names import Names
+from fxcompress.engines.names import Names, RunPieces
 from fxcompress.engines.pieces import Rounded, check_rounded, rounded_values
 from fxcompress.errors import (
     ArtifactError,
@@ -51,6 +51,13 @@ ENGINE_SQNR_DB = 40.0
 """What is always near enough in an engine (1 % of the signal): the noise of quantization may be less by accident."""
 
 
+_SATURATED = (
+    "The file is right, but the engine's integer kernels are not: where the processor has no VNNI, sums of full-range "
+    "8-bit weights saturate; quantize with insert-qdq{weight-bits=7}, or for another target"
+)
+_UNKNOWN = "Quantize for another target, or export to another format"
+
+
 @dataclass(frozen=True)
 class Exported:
     """A file that was written and checked.
@@ -70,10 +77,12 @@ class Exported:
 
 
 def export(model: nn.Module | Program, path: str | os.PathLike[str], example_inputs: Any = None) -> Exported:
-    """Writes a model as ONNX (``.onnx``), OpenVINO IR (``.xml`` and ``.bin``) or a ``torch.export`` archive (``.pt2``).
+    """Writes a model as ONNX (``.onnx``), OpenVINO IR (``.xml`` and ``.bin``), ExecuTorch program (``.pte``) or a
+    ``torch.export`` archive (``.pt2``).
 
-    The file keeps the dynamic dims the model was traced with. It is run on the example inputs at two batch sizes and
-    compared with the model before it takes its place; if it is off, nothing is written.
+    The file keeps the dynamic dims the model was traced with; in ExecuTorch, which plans its memory ahead, they can
+    grow to four times the example's, and at least to 8. It is run on the example inputs at two batch sizes and compared
+    with the model before it takes its place; if it is off, nothing is written.
 
     Args:
         model: A Program, or a module that a Program emitted. It is not changed; it is exported in eval mode.
@@ -137,14 +146,12 @@ def _write(module: fx.GraphModule, interface: Interface, file: Path, target: For
     with staged(file) as staging:
         target.write(with_integer_weights(module), interface, staging, names)
         exact: list[Any] = [None for _ in expected]
-        if is_quantized(module) and target.open_pieces is not None:
-            points = [rounded_values(module, interface, names.outputs, call) for call in calls]
-            with _engine(file):
-                run_pieces = target.open_pieces(staging, names, points[0].keys())
-            for call, reference, rounded in zip(calls, expected, points, strict=True):
+        if is_quantized(module) and target.own_kernels:
+            if target.open_pieces is not None:
+                points = [rounded_values(module, interface, names.outputs, call) for call in calls]
                 with _engine(file):
-                    result = run_pieces(_tensors(call), {name: point.value for name, point in rounded.items()})
-                _check_pieces(file, names, result, reference, rounded)
+                    run_pieces = target.open_pieces(staging, names, points[0].keys())
+                _check_pieces(file, names, run_pieces, calls, expected, points)
             exact = [_tensors(output) for output in _outputs(without_quantization(module), calls)]
             if target.finish is not None:
                 target.finish(staging)
@@ -207,19 +214,32 @@ def _check_dtypes(tensors: list[torch.Tensor], target: Format) -> None:
 def _check_pieces(
     file: Path,
     names: Names,
-    result: tuple[list[Any], Mapping[str, torch.Tensor]],
-    expected: list[torch.Tensor],
-    rounded: Mapping[str, Rounded],
+    run_pieces: RunPieces,
+    calls: list[Any],
+    expected: list[list[torch.Tensor]],
+    points: list[dict[str, Rounded]],
 ) -> None:
-    """Raises :class:`VerificationError` where a file computes something else than the model."""
-    outputs, found = result
-    try:
-        check_rounded(rounded, found)
-    except VerificationError as wrong:
-        raise VerificationError(f"{file} was not written: in the file, {wrong}; export to another format") from wrong
-    real = [index for index, name in enumerate(names.outputs) if name not in found]
-    left = Names(names.inputs, tuple(names.outputs[index] for index in real), names.dims)
-    _check(file, left, [expected[index] for index in real], [outputs[index] for index in real])
+    """Raises :class:`VerificationError` where a file is off between one quantizer and the next.
+
+    Args:
+        file: For messages.
+        names: For messages.
+        run_pieces: Runs the file, cut at its quantizers.
+        calls: Inputs.
+        expected: The model's outputs for each.
+        points: What the model's quantizers give for each.
+    """
+    for call, reference, rounded in zip(calls, expected, points, strict=True):
+        with _engine(file):
+            outputs, found = run_pieces(_tensors(call), {name: point.value for name, point in rounded.items()})
+        try:
+            check_rounded(rounded, found)
+        except VerificationError as wrong:
+            said = f"{file} was not written: in the file, {wrong}; export to another format"
+            raise VerificationError(said) from wrong
+        real = [index for index, name in enumerate(names.outputs) if name not in found]
+        left = Names(names.inputs, tuple(names.outputs[index] for index in real), names.dims)
+        _check(file, left, [reference[index] for index in real], [outputs[index] for index in real])
 
 
 def _check(
@@ -258,18 +278,17 @@ def _check(
             )
             if exact is None:
                 raise VerificationError(f"{said}; export to another format, and report it")
-            _check_engine(said, error, compare_outputs([exact[index].cpu()], [reference.cpu()]))
+            _check_engine(file, said, error, compare_outputs([exact[index].cpu()], [reference.cpu()]))
         worst = max(worst, error.max_rel_error)
     return worst
 
 
-def _check_engine(said: str, error: Comparison, noise: Comparison) -> None:
+def _check_engine(file: Path, said: str, error: Comparison, noise: Comparison) -> None:
     """Raises :class:`VerificationError` where an engine is too far from a file that is right."""
     if not error.sqnr_db >= min(noise.sqnr_db - ENGINE_MARGIN_DB, ENGINE_SQNR_DB):
         raise VerificationError(
             f"{said}, an SQNR of {error.sqnr_db:.1f} dB where the model's own quantization has {noise.sqnr_db:.1f} dB. "
-            "The file is right, but the engine's integer kernels are not: where the processor has no VNNI, sums of "
-            "full-range 8-bit weights saturate; quantize with insert-qdq{weight-bits=7}, or for another target"
+            f"{_SATURATED if format_of(file).open_pieces is not None else _UNKNOWN}"
         )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
+from fxcompress.engines.executorch_format import open_executorch, write_executorch
 from fxcompress.engines.names import Names, Run, RunPieces
 from fxcompress.engines.onnx_dynamic import multiply_integers
 from fxcompress.engines.onnx_format import onnx_pieces, open_onnx, write_onnx
@@ -31,6 +32,7 @@ class Format:
         packages: What it needs, by import name.
         write: Writes a module to a file.
         open: Opens a file for running it on the CPU.
+        own_kernels: Whether the engine computes quantized models by integer kernels of its own, which round elsewhere.
         finish: Rewrites a quantized file, once it was found right piece by piece, the way the engine finds its kernels.
         open_pieces: Opens a file cut at the values of those names, to be computed as it is written, where the engine
             would compute something else.
@@ -42,6 +44,7 @@ class Format:
     packages: tuple[str, ...]
     write: Callable[[nn.Module, Interface, Path, Names], None]
     open: Callable[[Path, Names], Run]
+    own_kernels: bool = True
     open_pieces: Callable[[Path, Names, Collection[str]], RunPieces] | None = None
     finish: Callable[[Path], None] | None = None
     unsupported: frozenset[torch.dtype] = frozenset()
@@ -81,9 +84,9 @@ FORMATS: Mapping[str, Format] = {
         ("onnx", "onnxscript", "onnxruntime"),
         _write_onnxruntime,
         open_onnx,
-        onnx_pieces,
-        multiply_integers,
-        _NOT_IN_NUMPY,
+        open_pieces=onnx_pieces,
+        finish=multiply_integers,
+        unsupported=_NOT_IN_NUMPY,
     ),
     ".xml": Format(
         "Export to OpenVINO IR",
@@ -91,10 +94,11 @@ FORMATS: Mapping[str, Format] = {
         ("openvino", "onnx", "onnxscript"),
         write_openvino,
         open_openvino,
-        openvino_pieces,
+        open_pieces=openvino_pieces,
         unsupported=_NOT_IN_NUMPY,
     ),
-    ".pt2": Format("Export to a torch.export archive", "", (), _write_pt2, _open_pt2),
+    ".pte": Format("Export to ExecuTorch", "executorch", ("executorch",), write_executorch, open_executorch),
+    ".pt2": Format("Export to a torch.export archive", "", (), _write_pt2, _open_pt2, own_kernels=False),
 }
 """Suffix -> format."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import operator
 import re
@@ -16,14 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_flatten
 
 from fxcompress.engines.names import Names, Run, RunPieces, pieces_of
 from fxcompress.engines.onnx_blocks import BLOCKS_OPSET, block_translations, pack_blocks
 from fxcompress.engines.onnx_dynamic import forget_types, grid_translations
 from fxcompress.engines.onnx_experts import expert_translations
 from fxcompress.engines.onnx_optimizer import simplify
-from fxcompress.engines.reexport import reexport
+from fxcompress.engines.reexport import TensorOutputs, reexport
 from fxcompress.errors import ArtifactError
 from fxcompress.ir.program import Interface
 
@@ -32,25 +30,11 @@ logger = logging.getLogger(__name__)
 aten = torch.ops.aten
 
 
-class _TensorOutputs(nn.Module):
-    """A model's outputs as a flat tuple, without what is no tensor: ONNX has no place for it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-        @functools.wraps(model.forward)  # torch.export reads the signature, and names what it guards after it
-        def forward(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-            return tuple(leaf for leaf in tree_flatten(model(*args, **kwargs))[0] if isinstance(leaf, torch.Tensor))
-
-        self.forward = forward
-
-
 def write_onnx(module: nn.Module, interface: Interface, path: Path, names: Names) -> None:
     """Writes a module that is in eval mode."""
     import onnx
 
-    exported = reexport(_TensorOutputs(module).eval(), interface)
+    exported = reexport(TensorOutputs(module).eval(), interface)
     _settle_attention(exported)
     blocks = block_translations(exported)
     with _quiet():

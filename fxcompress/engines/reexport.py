@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import nn
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
 from fxcompress.ir.program import Interface
 from fxcompress.tracing.capture import export
@@ -27,3 +30,17 @@ def reexport(model: nn.Module, interface: Interface) -> ExportedProgram:
         args, kwargs, interface.names, interface.in_spec, labels, dict(interface.dynamic), dict(interface.batch)
     )
     return export(model, inputs)
+
+
+class TensorOutputs(nn.Module):
+    """A model's outputs as a flat tuple, without what is no tensor: engines have no place for it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+        @functools.wraps(model.forward)  # torch.export reads the signature, and names what it guards after it
+        def forward(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+            return tuple(leaf for leaf in tree_flatten(model(*args, **kwargs))[0] if isinstance(leaf, torch.Tensor))
+
+        self.forward = forward

@@ -17,6 +17,9 @@ RECIPES: Mapping[str, str] = {
         "eliminate-dead,fold-constants,fold-batchnorm,"
         "insert-qdq{target=onnxruntime weight-bits=7},correct-bias,refine-rounding"
     ),
+    "int8-executorch": (
+        "eliminate-dead,fold-constants,fold-batchnorm,insert-qdq{target=executorch},correct-bias,refine-rounding"
+    ),
     "half-int8": (
         "eliminate-dead,fold-constants,select-channels,remove-channels,train{epochs=8 rate=0.02 optimizer=sgd},"
         "fold-batchnorm,insert-qdq{target=onnxruntime weight-bits=7},correct-bias"

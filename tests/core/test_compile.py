@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+from installed import needs
 from torch import nn
 from toys import toy_program
 
@@ -37,7 +38,7 @@ def program(model):
     return fxc.trace(model, {"x": torch.randn(2, 6), "scale": torch.rand(2, 4)})
 
 
-@pytest.mark.parametrize("engine", ["eager", "onnxruntime", "openvino"])
+@pytest.mark.parametrize("engine", ["eager", "onnxruntime", "openvino", needs("executorch", "executorch")])
 def test_it_is_called_as_the_model_is_and_gives_what_the_model_gives(program, model, engine):
     fast = fxc.compile(program, engine)
     x, scale = torch.randn(5, 6), torch.rand(5, 4)
@@ -78,11 +79,12 @@ def test_a_module_without_inputs_and_an_unknown_engine(model, program):
 
 
 def test_auto_takes_the_fastest_and_says_what_it_measured(program, model, monkeypatch):
-    monkeypatch.setitem(sys.modules, "openvino", None)
+    for package in ("openvino", "executorch"):
+        monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setitem(compile_module.ENGINES, "onnxruntime", slow)  # type: ignore[arg-type]
     fast = fxc.compile(program, "auto")
     assert fast.engine == "eager"
-    assert list(fast.measured) == ["eager", "onnxruntime", "openvino"]
+    assert list(fast.measured) == ["eager", "onnxruntime", "openvino", "executorch"]
     assert " ms ± " in fast.measured["onnxruntime"]
     assert 'pip install "fxcompress[openvino]"' in fast.measured["openvino"]
     assert "measured={'eager': " in repr(fast)

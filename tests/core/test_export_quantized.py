@@ -109,7 +109,7 @@ def test_a_file_that_is_off_a_little_is_not_written(bug, target, programs, right
 
     monkeypatch.setattr(openvino_format, "write_onnx", write_wrong)
     real = FORMATS[".onnx"]
-    wrong = Format(real.purpose, real.extra, (), write_wrong, real.open, real.open_pieces)
+    wrong = Format(real.purpose, real.extra, (), write_wrong, real.open, open_pieces=real.open_pieces)
     monkeypatch.setitem(FORMATS, ".onnx", wrong)  # type: ignore[arg-type]
     with pytest.raises(fxc.VerificationError, match=r"was not written: (in the file, |output 'out)"):
         fxc.export(programs[target], tmp_path / f"m{ENGINES[target]}")
@@ -137,7 +137,7 @@ def test_an_engine_that_is_off_is_told_from_a_file_that_is(programs, tmp_path, m
         run = real.open(path, names)
         return lambda tensors: [value * 1.05 for value in run(tensors)]
 
-    broken = Format(real.purpose, real.extra, (), real.write, open_broken, real.open_pieces)
+    broken = Format(real.purpose, real.extra, (), real.write, open_broken, open_pieces=real.open_pieces)
     monkeypatch.setitem(FORMATS, ".onnx", broken)  # type: ignore[arg-type]
     with pytest.raises(fxc.VerificationError, match=r"The file is right, but the engine's integer kernels are not"):
         fxc.export(programs["onnxruntime"], tmp_path / "m.onnx")

@@ -18,7 +18,7 @@ def test_default_recipe():
     assert RECIPES["default"] == "eliminate-dead,fold-constants,fold-batchnorm"
 
 
-@pytest.mark.parametrize("name", ["int8", "int8-onnxruntime"])
+@pytest.mark.parametrize("name", ["int8", "int8-onnxruntime", "int8-executorch"])
 def test_int8_recipes_quantize_and_correct(name, monkeypatch):
     monkeypatch.setattr("fxcompress.passes.insert_qdq.has_vnni", lambda: True)
     torch.manual_seed(0)

@@ -77,7 +77,7 @@ def test_what_is_skipped_is_not(target, tmp_path):
 
 def test_other_files_have_no_executed_graph(tmp_path):
     with pytest.raises(
-        InputError, match=r"m.pt2 has no executed graph to read; give a file that ends in .onnx or .xml"
+        InputError, match=r"m.pt2 has no executed graph to read; give a file that ends in .onnx or .xml or .pte"
     ):
         executed_layers(tmp_path / "m.pt2")
 

@@ -1,0 +1,130 @@
+"""ExecuTorch programs: lowered from a torch.export graph to XNNPACK, run by ExecuTorch's runtime on the CPU."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+from torch.utils._pytree import tree_structure
+from torch.utils._sympy.value_ranges import ValueRanges
+
+from fxcompress.engines.integers import is_call
+from fxcompress.engines.names import Names, Run
+from fxcompress.engines.reexport import TensorOutputs, reexport
+from fxcompress.errors import ArtifactError
+from fxcompress.ir.program import Interface
+
+_LEAST_BOUND, _BOUND = 8, 4
+"""How far the sizes that may change can grow: so many, or so many times the example's, whichever is more."""
+
+
+class _TensorInputs(nn.Module):
+    """A model called with the tensors among its inputs, under their names in the file; the others are the example's."""
+
+    def __init__(self, model: nn.Module, interface: Interface, names: Names) -> None:
+        super().__init__()
+        self.model = model
+
+        def forward(*tensors: torch.Tensor) -> Any:
+            given = iter(tensors)
+            leaves = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in interface.leaves]
+            args, kwargs = interface.in_spec.unflatten(leaves)
+            return model(*args, **kwargs)
+
+        parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names.inputs]
+        forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        self.forward = forward
+
+
+def _of_tensors(interface: Interface, names: Names) -> Interface:
+    """How :class:`_TensorInputs` is called."""
+    places = [place for place, leaf in enumerate(interface.leaves) if isinstance(leaf, torch.Tensor)]
+    tensors = tuple(interface.leaves[place] for place in places)
+    return replace(
+        interface,
+        args=tensors,
+        kwargs={},
+        in_spec=tree_structure((tensors, {})),
+        names=names.inputs,
+        dynamic={new: interface.dynamic[old] for new, old in enumerate(places) if old in interface.dynamic},
+        batch={new: interface.batch[old] for new, old in enumerate(places) if old in interface.batch},
+    )
+
+
+def write_executorch(module: nn.Module, interface: Interface, path: Path, names: Names) -> None:
+    """Writes a module that is in eval mode; what XNNPACK has no kernel for is computed by ExecuTorch's portable ones.
+
+    ExecuTorch plans its memory ahead: sizes that may change can grow to four times the example's, at least to 8.
+    """
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    flat = _TensorInputs(module, interface, names)
+    exported = reexport(TensorOutputs(flat).eval(), _of_tensors(interface, names))
+    _bound(exported)
+    _dequantize_for_each(exported.graph)
+    try:
+        lowered = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
+        path.write_bytes(lowered.to_executorch().buffer)
+    except Exception as error:  # those of its many passes share no base class
+        raise ArtifactError(_explain(error)) from error
+
+
+def _bound(exported: ExportedProgram) -> None:
+    """Bounds the sizes that may change, for what is planned by them."""
+    for node in exported.graph.find_nodes(op="placeholder"):
+        for size in getattr(node.meta.get("val"), "shape", ()):
+            if isinstance(size, torch.SymInt):
+                symbol, known = size.node.expr, exported.range_constraints.get(size.node.expr)
+                most = max(_LEAST_BOUND, _BOUND * int(size.node.hint))  # type: ignore[arg-type]
+                if known is not None and not known.upper <= most:
+                    bounded = ValueRanges(known.lower, most)
+                    exported.range_constraints[symbol] = bounded
+                    size.node.shape_env.var_to_range[symbol] = bounded  # type: ignore[union-attr]
+
+
+def _dequantize_for_each(graph: fx.Graph) -> None:
+    """Gives each reader a dequantized value of its own: XNNPACK's partitioner takes both into one kernel."""
+    for node in list(graph.nodes):
+        if is_call(node, "dequantize"):
+            for user in list(node.users)[1:]:
+                with graph.inserting_after(node):
+                    user.replace_input_with(node, graph.node_copy(node))
+
+
+def _explain(error: Exception) -> str:
+    lacking = re.search(r"Missing out variants: \{(.*)\}", str(error))
+    if lacking is None:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return f"ExecuTorch cannot lower it: {lines[0] if lines else type(error).__name__}; export to another format"
+    names = ", ".join(sorted(re.findall(r"[\w.]+::[\w.]+", lacking[1]))).replace("::", ".")
+    return f"ExecuTorch has no kernel for {names}; write it with other operations, or export to another format"
+
+
+@dataclass(frozen=True, eq=False)
+class _Method:
+    """Runs a program's method, which reads what it was loaded from as long as it runs."""
+
+    content: bytes
+    program: Any
+    method: Any
+
+    def __call__(self, tensors: Sequence[torch.Tensor]) -> list[Any]:
+        given = [tensor.detach().contiguous() for tensor in tensors]
+        return [result.clone() for result in self.method.execute(given)]  # the next call writes where these lie
+
+
+def open_executorch(path: Path, names: Names) -> Run:
+    """Runs a file on as many threads as ExecuTorch takes by default."""
+    from executorch.runtime import Runtime
+
+    content = path.read_bytes()
+    program = Runtime.get().load_program(content)
+    return _Method(content, program, program.load_method("forward"))
