@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from fxcompress.passes.channels import families
 from fxcompress.passes.channels.groups import ChannelReport, report
-from fxcompress.passes.channels.layout import Algebra, Layout, Sizes, elements, is_position, value_layout
+from fxcompress.passes.channels.layout import Algebra, Layout, Sizes, elements, is_position, shape_of, value_layout
 from fxcompress.passes.channels.permutations import Permutation, permutations
 from fxcompress.passes.channels.rules import Call, rule_of
 from fxcompress.passes.channels.units import Units
@@ -102,7 +102,11 @@ class _Walk:
         if found is None:
             self._barrier(node, operation_.overload, call)
             return call.barrier()
-        return found(call)
+        result = found(call)
+        if _shapes(result) != call.shapes:
+            self._wrong(node, operation_.overload, result, call)
+            return call.barrier()
+        return result
 
     def _barrier(self, node: fx.Node, overload: OpOverload, call: Call) -> None:
         self.diagnostics.append(
@@ -114,12 +118,27 @@ class _Walk:
             )
         )
 
+    def _wrong(self, node: fx.Node, overload: OpOverload, result: Any, call: Call) -> None:
+        self.diagnostics.append(
+            Diagnostic(
+                "wrong-rule",
+                f"the dependency rule of {overload} gives dims of {_shapes(result)} where the result has "
+                f"{call.shapes}, so everything that reaches it is kept; mend the rule",
+                node.name,
+            )
+        )
+
     def _permuted(self, permutation: Permutation) -> Layout:
         layout: Layout = self.layouts[permutation.source]
         if is_position(layout[permutation.dim]):
             return layout
         units = self.algebra.flat(layout[permutation.dim])[permutation.index]
         return (*layout[: permutation.dim], elements(units), *layout[permutation.dim + 1 :])
+
+
+def _shapes(result: Any) -> list[tuple[int, ...]]:
+    """The sizes that a rule says its results have."""
+    return [shape_of(layout) for layout in (result if isinstance(result, list) else [result])]
 
 
 def _read(operation_: Operation, layout: Layout) -> Layout:

@@ -104,6 +104,25 @@ def test_the_example_of_a_rule_makes_its_operator_removable():
     assert lengths(after)["scale"] == 4
 
 
+def test_a_rule_that_gives_other_sizes_makes_a_barrier_that_is_named(monkeypatch):
+    monkeypatch.setattr(rules, "_RULES", dict(rules._RULES))
+
+    @rule(torch.ops.unknown.mystery.default)
+    def turned(call: Call) -> Layout:
+        x = call.layout("x")
+        return (*x[:-3], *reversed(x[-3:]))
+
+    model = Wire(
+        lambda m, x: m.head(torch.ops.unknown.mystery(m.stem(x))), stem=nn.Conv2d(3, 8, 1), head=nn.Conv2d(8, 2, 1)
+    )
+    report = fxc.trace(settled(model), IMAGE).analyze("channels")
+
+    (found,) = report.diagnostics
+    assert (found.code, found.path) == ("wrong-rule", "mystery")
+    assert "unknown.mystery.default gives dims of" in found.message
+    assert report.groups == ()
+
+
 def test_the_example_of_a_rewrite_follows_the_new_size():
     @rule(torch.ops.mine.tile_channels.default)
     def copies(call: Call) -> Layout:

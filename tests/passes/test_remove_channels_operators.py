@@ -29,6 +29,16 @@ def test_a_layer_called_twice_is_rewritten_once():
     assert after.graph_module.depth.groups == after.graph_module.norm.num_groups == 4
 
 
+@pytest.mark.parametrize("swap", [torch.transpose, torch.swapaxes, torch.swapdims])
+@pytest.mark.parametrize("dims", [(1, 2), (-2, -3)])
+def test_any_two_dims_may_change_places(swap, dims):
+    def by_head(m, x):
+        heads = swap(x.view(x.shape[0], 5, 4, 2), *dims).softmax(2)
+        return swap(heads, *dims).reshape(x.shape)
+
+    assert shapes(prune(between(by_head), TOKENS)) == {"stem": (2, 6), "head": (2, 2)}
+
+
 def test_a_kernel_of_size_one_leaves_places_alone():
     """Spatial gating (arXiv:2105.08050): a convolution over tokens, whose places are channels."""
 

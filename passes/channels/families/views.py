@@ -24,17 +24,24 @@ def permute(call: Call) -> Layout:
     return tuple(x[normalized_dim(dim, len(x))] for dim in call["dims"])
 
 
-@rule(aten.transpose.int)
+@rule(aten.transpose.int, aten.swapdims.default, aten.swapaxes.default)
 def transpose(call: Call) -> Layout:
     """Two dims change places."""
     x = call.layout("self")
-    a, b = normalized_dim(call["dim0"], len(x)), normalized_dim(call["dim1"], len(x))
+    first, second = ("axis0", "axis1") if "axis0" in call.operation.arguments else ("dim0", "dim1")
+    a, b = normalized_dim(call[first], len(x)), normalized_dim(call[second], len(x))
     return replaced(x, {a: x[b], b: x[a]})
 
 
-@rule(aten.t.default, aten.numpy_T.default, aten.mT.default, aten.swapaxes.default)
+@rule(aten.t.default, aten.numpy_T.default)
 def turned(call: Call) -> Layout:
-    """A transposed matrix."""
+    """All dims, the last first."""
+    return call.layout("self")[::-1]
+
+
+@rule(aten.mT.default)
+def turned_matrices(call: Call) -> Layout:
+    """The last two dims change places."""
     x = call.layout("self")
     return (*x[:-2], *reversed(x[-2:]))
 
