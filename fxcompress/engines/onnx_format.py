@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import operator
 import re
 import warnings
 from collections.abc import Collection, Iterator, Sequence
@@ -14,20 +13,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.export import ExportedProgram
 
 from fxcompress.engines.names import Names, Run, RunPieces, pieces_of
 from fxcompress.engines.onnx_blocks import BLOCKS_OPSET, block_translations, pack_blocks
 from fxcompress.engines.onnx_dynamic import forget_types, grid_translations
 from fxcompress.engines.onnx_experts import expert_translations
 from fxcompress.engines.onnx_optimizer import simplify
+from fxcompress.engines.onnx_settled import settle
 from fxcompress.engines.reexport import TensorOutputs, reexport
 from fxcompress.errors import ArtifactError
 from fxcompress.ir.program import Interface
 
 logger = logging.getLogger(__name__)
-
-aten = torch.ops.aten
 
 
 def write_onnx(module: nn.Module, interface: Interface, path: Path, names: Names) -> None:
@@ -35,7 +32,7 @@ def write_onnx(module: nn.Module, interface: Interface, path: Path, names: Names
     import onnx
 
     exported = reexport(TensorOutputs(module).eval(), interface)
-    _settle_attention(exported)
+    settle(exported)
     blocks = block_translations(exported)
     with _quiet():
         try:
@@ -59,27 +56,6 @@ def write_onnx(module: nn.Module, interface: Interface, path: Path, names: Names
     pack_blocks(model)
     forget_types(model)
     onnx.save(model, path)
-
-
-def _settle_attention(exported: ExportedProgram) -> None:
-    """Writes attention so that torch.onnx can take it.
-
-    Its kernels lay out what they give differently, and torch.onnx meets one when it replaces ``reshape`` by ``view``,
-    another when it runs the graph with that: a copy gives one layout. And it translates attention of four dims only:
-    any other is written as its products.
-    """
-    graph = exported.graph
-    for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
-        with graph.inserting_after(node):
-            if node.meta["val"].dim() == 4:
-                result = graph.call_function(aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
-            else:
-                result = graph.call_function(operator.getitem, (node, 0))
-        result.meta = dict(node.meta)
-        node.replace_all_uses_with(result, delete_user_cb=lambda user, result=result: user is not result)
-        if result.target is operator.getitem:
-            node.target = aten._scaled_dot_product_attention_math.default
-            node.meta = {key: value for key, value in node.meta.items() if key != "val"}
 
 
 def _explain(error: BaseException) -> str:
