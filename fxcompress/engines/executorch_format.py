@@ -17,6 +17,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 from fxcompress.engines.integers import is_call
 from fxcompress.engines.names import Names, Run
+from fxcompress.engines.quiet import quiet
 from fxcompress.engines.reexport import TensorOutputs, reexport
 from fxcompress.errors import ArtifactError
 from fxcompress.ir.program import Interface
@@ -63,18 +64,23 @@ def write_executorch(module: nn.Module, interface: Interface, path: Path, names:
 
     ExecuTorch plans its memory ahead: sizes that may change can grow to four times the example's, at least to 8.
     """
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import to_edge_transform_and_lower
-
     flat = _TensorInputs(module, interface, names)
     exported = reexport(TensorOutputs(flat).eval(), _of_tensors(interface, names))
     _bound(exported)
     _dequantize_for_each(exported.graph)
     try:
-        lowered = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
-        path.write_bytes(lowered.to_executorch().buffer)
+        with quiet("torch.utils._pytree", "executorch", "torchao"):
+            path.write_bytes(_lowered(exported))
     except Exception as error:  # those of its many passes share no base class
         raise ArtifactError(_explain(error)) from error
+
+
+def _lowered(exported: ExportedProgram) -> bytes:
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    content: bytes = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()]).to_executorch().buffer
+    return content
 
 
 def _bound(exported: ExportedProgram) -> None:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import re
-import warnings
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
-from io import StringIO
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +16,10 @@ from fxcompress.engines.onnx_dynamic import forget_types, grid_translations
 from fxcompress.engines.onnx_experts import expert_translations
 from fxcompress.engines.onnx_optimizer import simplify
 from fxcompress.engines.onnx_settled import settle
+from fxcompress.engines.quiet import quiet
 from fxcompress.engines.reexport import TensorOutputs, reexport
 from fxcompress.errors import ArtifactError
 from fxcompress.ir.program import Interface
-
-logger = logging.getLogger(__name__)
 
 
 def write_onnx(module: nn.Module, interface: Interface, path: Path, names: Names) -> None:
@@ -34,7 +29,7 @@ def write_onnx(module: nn.Module, interface: Interface, path: Path, names: Names
     exported = reexport(TensorOutputs(module).eval(), interface)
     settle(exported)
     blocks = block_translations(exported)
-    with _quiet():
+    with quiet("torch.onnx", "onnxscript", "onnx_ir"):
         try:
             program = torch.onnx.export(
                 exported,
@@ -71,25 +66,6 @@ def _explain(error: BaseException) -> str:
         f"ONNX export has no translation for the operator {found[1]}.{found[2]}; write it with other operations, or "
         "export to .pt2 instead"
     )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the exporter's progress lines and notices to itself; errors still come as exceptions."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    before = [talker.level for talker in loggers]
-    said = StringIO()
-    try:
-        for talker in loggers:
-            talker.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings(), redirect_stdout(said):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for talker, level in zip(loggers, before, strict=True):
-            talker.setLevel(level)
-        if said.getvalue():
-            logger.debug("the ONNX exporter said: %s", said.getvalue())
 
 
 def _name_dims(model: Any, names: Names) -> None:
