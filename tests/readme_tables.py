@@ -67,8 +67,12 @@ def removal_coverage():
         kept = [row["macs_ratio"] for row in members if "macs_ratio" in row]
         above = sum(ratio > 0.35 for ratio in kept)
         good = sum(row["ok"] for row in members)
-        rows.append((source, str(len(members)), str(good), f"{statistics.median(kept):.3f}", str(above)))
-    return github(rows, ("source", "models", "pass every check", "MACs left, median", "with more than 0.35"))
+        peers = [row["peer_macs_ratio"] for row in members if "peer_macs_ratio" in row]
+        peer = f"{len(peers)}, {statistics.median(peers):.3f}" if peers else "0"
+        rows.append((source, str(len(members)), str(good), f"{statistics.median(kept):.3f}", str(above), peer))
+    headers = ("source", "models", "pass every check", "MACs left, median", "with more than 0.35",
+               "Torch-Pruning: runs, MACs left")  # fmt: skip
+    return github(rows, headers)
 
 
 def int8_latency():
