@@ -27,7 +27,7 @@ from fxcompress.tracing.inputs import flatten_call
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
-_MEASURED = ("eager", "onnxruntime", "openvino", "executorch")
+_MEASURED = ("eager", "onnxruntime", "openvino")
 _ROUNDS, _BUDGET_S = 15, 3.0
 
 
@@ -63,8 +63,9 @@ def compile(
         model: A Program, a module that a Program emitted, or any other module with its example inputs. The result keeps
             its weights of now (``eager`` and ``inductor`` share them).
         engine: ``eager``, ``inductor``, ``onnxruntime``, ``openvino`` or ``executorch``; the last three run on the CPU.
-            ``auto`` measures all but ``inductor``, which may compile for minutes, on the example inputs and takes the
-            fastest of those that compute what the model computes.
+            ``auto`` measures all but ``inductor``, which may compile for minutes, and ``executorch``, whose dynamic
+            dims have bounds (see :func:`fxcompress.export`), on the example inputs and takes the fastest of those that
+            compute what the model computes.
         example_inputs: As for :func:`fxcompress.trace`, where the model does not carry its own.
 
     Raises:

@@ -9,17 +9,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_structure
 from torch.utils._sympy.value_ranges import ValueRanges
 
-from fxcompress.engines.integers import is_call
+from fxcompress.engines.integers import QUANTIZED, is_call
 from fxcompress.engines.names import Names, Run
 from fxcompress.engines.quiet import quiet
 from fxcompress.engines.reexport import TensorOutputs, reexport
-from fxcompress.errors import ArtifactError
+from fxcompress.errors import ArtifactError, InputError
 from fxcompress.ir.program import Interface
 
 _LEAST_BOUND, _BOUND = 8, 4
@@ -27,7 +28,7 @@ _LEAST_BOUND, _BOUND = 8, 4
 
 
 class _TensorInputs(nn.Module):
-    """A model called with the tensors among its inputs, under their names in the file; the others are the example's."""
+    """A model called with the tensors among its inputs; the others are the example's."""
 
     def __init__(self, model: nn.Module, interface: Interface, names: Names) -> None:
         super().__init__()
@@ -39,9 +40,14 @@ class _TensorInputs(nn.Module):
             args, kwargs = interface.in_spec.unflatten(leaves)
             return model(*args, **kwargs)
 
-        parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names.inputs]
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameters = [inspect.Parameter(name, kind) for name in _parameter_names(names)]
         forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         self.forward = forward
+
+
+def _parameter_names(names: Names) -> tuple[str, ...]:
+    return tuple(f"input_{index}" for index in range(len(names.inputs)))  # those in a file may be words of Python
 
 
 def _of_tensors(interface: Interface, names: Names) -> Interface:
@@ -53,9 +59,10 @@ def _of_tensors(interface: Interface, names: Names) -> Interface:
         args=tensors,
         kwargs={},
         in_spec=tree_structure((tensors, {})),
-        names=names.inputs,
+        names=_parameter_names(names),
         dynamic={new: interface.dynamic[old] for new, old in enumerate(places) if old in interface.dynamic},
         batch={new: interface.batch[old] for new, old in enumerate(places) if old in interface.batch},
+        tied={},
     )
 
 
@@ -87,7 +94,7 @@ def _bound(exported: ExportedProgram) -> None:
     """Bounds the sizes that may change, for what is planned by them."""
     for node in exported.graph.find_nodes(op="placeholder"):
         for size in getattr(node.meta.get("val"), "shape", ()):
-            if isinstance(size, torch.SymInt):
+            if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):  # others follow from those
                 symbol, known = size.node.expr, exported.range_constraints.get(size.node.expr)
                 most = max(_LEAST_BOUND, _BOUND * int(size.node.hint))  # type: ignore[arg-type]
                 if known is not None and not known.upper <= most:
@@ -111,6 +118,8 @@ def _explain(error: Exception) -> str:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return f"ExecuTorch cannot lower it: {lines[0] if lines else type(error).__name__}; export to another format"
     names = ", ".join(sorted(re.findall(r"[\w.]+::[\w.]+", lacking[1]))).replace("::", ".")
+    if QUANTIZED in names:
+        return f"ExecuTorch has no kernel for {names}; quantize with insert-qdq{{target=executorch}}"
     return f"ExecuTorch has no kernel for {names}; write it with other operations, or export to another format"
 
 
@@ -121,8 +130,16 @@ class _Method:
     content: bytes
     program: Any
     method: Any
+    names: Names
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> list[Any]:
+        for index, (name, tensor) in enumerate(zip(self.names.inputs, tensors, strict=True)):
+            most = tuple(self.method.metadata.input_tensor_meta(index).sizes())
+            if any(size > bound for size, bound in zip(tensor.shape, most, strict=True)):
+                raise InputError(
+                    f"input {name!r} is {tuple(tensor.shape)}, and the ExecuTorch file was planned for at most {most}; "
+                    "trace the model with a larger example, or choose another engine"
+                )
         given = [tensor.detach().contiguous() for tensor in tensors]
         return [result.clone() for result in self.method.execute(given)]  # the next call writes where these lie
 
@@ -133,4 +150,4 @@ def open_executorch(path: Path, names: Names) -> Run:
 
     content = path.read_bytes()
     program = Runtime.get().load_program(content)
-    return _Method(content, program, program.load_method("forward"))
+    return _Method(content, program, program.load_method("forward"), names)

@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-LAYERS = frozenset(
+_LAYERS = frozenset(
     {"XNNConv2d", "XNNDepthwiseConv2d", "XNNConvTranspose2d", "XNNFullyConnected", "XNNBatchMatrixMultiply",
      "XNNScaledDotProductAttention"}
 )  # fmt: skip
@@ -29,7 +29,7 @@ def layers(file: Path) -> Iterator[tuple[str, str, bool]]:
         dtypes = dict(map(_value, graph["xvalues"]))
         for place, node in enumerate(graph["xnodes"]):
             operator, call = node["xnode_union_type"], node["xnode_union"]
-            if operator in LAYERS:
+            if operator in _LAYERS:
                 first = call["input1_id"] if "input1_id" in call else call["query_id"]
                 yield f"delegate {index}, node {place}", operator, dtypes[first].startswith(_INTEGER)
     for place, instruction in enumerate(plan.chains[0].instructions):
@@ -58,5 +58,6 @@ def _xnnpack_graph(content: bytes) -> Mapping[str, Any]:
         binary.write_bytes(content[header.flatbuffer_offset :][: header.flatbuffer_size])
         _flatc_decompile(folder, str(schema), str(binary), ["--raw-binary"])
         text = (Path(folder) / "graph.json").read_text()
-    found: Mapping[str, Any] = json.loads(re.sub(r": (-?)inf\b", r": \1Infinity", text))  # JSON has neither
+    text = re.sub(r": (-?)inf\b", r": \1Infinity", text)  # as Python writes it
+    found: Mapping[str, Any] = json.loads(re.sub(r": -?nan\b", ": NaN", text))
     return found

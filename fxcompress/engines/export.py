@@ -284,7 +284,7 @@ def _check(
 
 
 def _check_engine(file: Path, said: str, error: Comparison, noise: Comparison) -> None:
-    """Raises :class:`VerificationError` where an engine is too far from a file that is right."""
+    """Raises :class:`VerificationError` where an engine is further from the model than its kernels may be."""
     if not error.sqnr_db >= min(noise.sqnr_db - ENGINE_MARGIN_DB, ENGINE_SQNR_DB):
         raise VerificationError(
             f"{said}, an SQNR of {error.sqnr_db:.1f} dB where the model's own quantization has {noise.sqnr_db:.1f} dB. "

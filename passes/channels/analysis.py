@@ -13,7 +13,6 @@ from fxcompress.passes.channels.permutations import Permutation, permutations
 from fxcompress.passes.channels.rules import Call, rule_of
 from fxcompress.passes.channels.units import Units
 from torch import fx
-from torch._ops import OpOverload
 
 from fxcompress.ir.ops import Operation, operation
 from fxcompress.ir.program import Diagnostic, Program
@@ -100,33 +99,22 @@ class _Walk:
             return None
         found = rule_of(operation_.overload)
         if found is None:
-            self._barrier(node, operation_.overload, call)
-            return call.barrier()
+            return self._barrier(
+                "unknown-operator", call, "has no dependency rule", "register one with "
+                "fxcompress.passes.channels.rules.rule",
+            )  # fmt: skip
         result = found(call)
-        if _shapes(result) != call.shapes:
-            self._wrong(node, operation_.overload, result, call)
-            return call.barrier()
+        sizes = [shape_of(layout) for layout in _layouts(result)]
+        if sizes != call.shapes:
+            said = f"has a dependency rule that gives dims of {sizes} where its result has {call.shapes}"
+            return self._barrier("wrong-rule", call, said, "mend the rule")
         return result
 
-    def _barrier(self, node: fx.Node, overload: OpOverload, call: Call) -> None:
-        self.diagnostics.append(
-            Diagnostic(
-                "unknown-operator",
-                f"{overload} has no dependency rule, so everything that reaches it is kept; register one with "
-                "fxcompress.passes.channels.rules.rule",
-                node.name,
-            )
-        )
-
-    def _wrong(self, node: fx.Node, overload: OpOverload, result: Any, call: Call) -> None:
-        self.diagnostics.append(
-            Diagnostic(
-                "wrong-rule",
-                f"the dependency rule of {overload} gives dims of {_shapes(result)} where the result has "
-                f"{call.shapes}, so everything that reaches it is kept; mend the rule",
-                node.name,
-            )
-        )
+    def _barrier(self, code: str, call: Call, said: str, remedy: str) -> Any:
+        """Keeps all that reaches a call, and says why."""
+        message = f"{call.operation.overload} {said}, so everything that reaches it is kept; {remedy}"
+        self.diagnostics.append(Diagnostic(code, message, call.operation.node.name))
+        return call.barrier()
 
     def _permuted(self, permutation: Permutation) -> Layout:
         layout: Layout = self.layouts[permutation.source]
@@ -136,9 +124,9 @@ class _Walk:
         return (*layout[: permutation.dim], elements(units), *layout[permutation.dim + 1 :])
 
 
-def _shapes(result: Any) -> list[tuple[int, ...]]:
-    """The sizes that a rule says its results have."""
-    return [shape_of(layout) for layout in (result if isinstance(result, list) else [result])]
+def _layouts(result: Any) -> list[Layout]:
+    """The layouts that a rule gives, without what stands for a result that is no tensor."""
+    return [layout for layout in (result if isinstance(result, list) else [result]) if layout is not None]
 
 
 def _read(operation_: Operation, layout: Layout) -> Layout:

@@ -111,7 +111,7 @@ class Survivors:
         self._elements = elements
         self._stay = elements.stay(removed)
         self._counts = elements.counts(self._stay).tolist()
-        self._places: dict[Dim, torch.Tensor] = {}
+        self._kept: dict[Dim, torch.Tensor] = {}
 
     def emptied(self) -> Iterator[tuple[str, Array]]:
         """Each array of which nothing stays: the value or state that has it, and its elements' units."""
@@ -165,9 +165,9 @@ class Survivors:
 
     def places(self, dim: Dim) -> torch.Tensor | None:
         """Where in a dim the elements are that stay; ``None`` where all do. The same tensor for the same dim."""
-        if dim not in self._places:
+        if dim not in self._kept:
             mask = self.dim(dim)
             if mask is None:
                 return None
-            self._places[dim] = torch.from_numpy(np.flatnonzero(mask))
-        return self._places[dim]
+            self._kept[dim] = torch.from_numpy(np.flatnonzero(mask))
+        return self._kept[dim]

@@ -59,8 +59,28 @@ def test_a_batch_grows_to_its_bound(rows, most):
     for count in (1, most):
         x = torch.randn(count, 4)
         torch.testing.assert_close(fast(x), model(x))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(fxc.InputError, match=rf"input 'input' is \({most + 1}, 4\), .* at most \({most}, 4\)"):
         fast(torch.randn(most + 1, 4))
+
+
+class Lambda(nn.Module):
+    """An input whose name is a word of Python, and two whose lengths go together."""
+
+    def forward(self, lambda_, longer):
+        return lambda_ * longer[:, 1:]
+
+
+def test_names_and_lengths_that_follow_from_others(tmp_path):
+    inputs = {"lambda_": torch.randn(2, 4), "longer": torch.randn(2, 5)}
+    program = fxc.trace(Lambda(), ((), inputs), dynamic={"lambda_": (1,), "longer": (1,)})
+    assert fxc.export(program, tmp_path / "m.pte").max_relative_error < 1e-6
+
+
+def test_integers_that_it_has_no_kernel_for(tmp_path):
+    program = fxc.trace(nn.Sequential(nn.Linear(8, 4)).eval(), torch.randn(2, 8))
+    after = fxc.PassManager("quantize-weights").run(program).program
+    with pytest.raises(fxc.ArtifactError, match=r"has no kernel for .*; quantize with insert-qdq\{target=executorch\}"):
+        fxc.export(after, tmp_path / "m.pte")
 
 
 def rows_exchanged(integers):

@@ -64,6 +64,14 @@ class WindowAttention(nn.Module):
         return nn.functional.scaled_dot_product_attention(heads, heads, heads).transpose(2, 3).reshape(x.shape)
 
 
+class Pieces(nn.Module):
+    """A sequence whose length nobody knows in three pieces, the last of which may be shorter."""
+
+    def forward(self, x):
+        first, second, third = x.chunk(3, -2)
+        return first * 2, second.sum(1), third
+
+
 class BothAtOnce(nn.Module):
     """Two inputs go through a layer as one batch, which is cut again where nobody knows how long it is."""
 
@@ -78,6 +86,7 @@ class BothAtOnce(nn.Module):
 
 
 MODELS = {
+    "pieces": (Pieces, {"x": torch.randn(2, 7, 4)}, {"x": (1,)}),
     "both at once": (BothAtOnce, (torch.randn(2, 4), torch.randn(2, 4)), None),
     "windows": (WindowAttention, torch.randn(2, 8, 8), None),
     "t5": (small_t5, ((), {"input_ids": torch.randint(0, 11, (2, 5)), "attention_mask": torch.ones(2, 5)}), None),

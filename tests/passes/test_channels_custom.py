@@ -119,7 +119,7 @@ def test_a_rule_that_gives_other_sizes_makes_a_barrier_that_is_named(monkeypatch
 
     (found,) = report.diagnostics
     assert (found.code, found.path) == ("wrong-rule", "mystery")
-    assert "unknown.mystery.default gives dims of" in found.message
+    assert "unknown.mystery.default has a dependency rule that gives dims of" in found.message
     assert report.groups == ()
 
 

@@ -30,26 +30,24 @@ pytestmark = pytest.mark.filterwarnings("ignore:The tensor attribute")  # of tor
 
 
 def choose(report, rng):
-    """Units to remove: some of some groups, of which at least one unit stays, as it has to of each dim.
+    """Units to remove: some of some groups, of which at least one unit stays, as it has to of each value.
 
-    A dim may have a few units of a group alone: those that a slice takes, which no parameter reads by themselves.
+    A slice may take a few units of a group, which no parameter reads by themselves; of parameters something stays.
     """
     while True:
         share = rng.uniform(0.2, 1)
         chosen = [group for group in report.groups if len(group) > 1 and rng.random() < share]
         removed = [rng.permutation(group.units)[: rng.integers(1, len(group))] for group in chosen]
-        mask = report.removed_mask(np.concatenate([np.empty(0, np.int64), *removed]))
-        if not empties(report, mask):
+        survivors = report.survivors(mask := report.removed_mask(np.concatenate([np.empty(0, np.int64), *removed])))
+        assert not empties(survivors, report.state.values())
+        listed = [found if isinstance(found, list) else [found] for found in report.layouts.values()]
+        if not empties(survivors, [layout for found in listed for layout in found]):
             return mask
 
 
-def empties(report, removed):
+def empties(survivors, layouts):
     """Whether a dim would lose all its elements."""
-    listed = [found if isinstance(found, list) else [found] for found in report.layouts.values()]
-    layouts = [layout for found in listed for layout in found]
-    dims = (dim for layout in (*layouts, *report.state.values()) for dim in layout)
-    survivors = report.survivors(removed)
-    return any(survivors.size(factor) == 0 for dim in dims for factor in dim)
+    return any(survivors.size(factor) == 0 for layout in layouts for dim in layout for factor in dim)
 
 
 def check_plan(before, report, removed):

@@ -102,7 +102,8 @@ def by_weight(evidence: Evidence, each: Each) -> Scores:
 def marginals(each: Each, dims: Iterable[int], *tensors: torch.Tensor) -> dict[int, Scores]:
     """Sums, for each of some dims over all the others, of what a function makes of tensors of one shape.
 
-    The tensors are read in pieces that fit in a cache, once for all dims; pieces are added up in double precision.
+    Tensors of more than one dim are read in pieces that fit in a cache, once for all dims; pieces are added up in
+    double precision.
     """
     count, *rest = tensors[0].shape
     single = torch.promote_types(tensors[0].dtype, torch.float32)
