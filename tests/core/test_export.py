@@ -18,6 +18,7 @@ from torch.nn import functional
 
 import fxcompress as fxc
 from fxcompress.engines import formats
+from fxcompress.engines.export import tensor_names
 from fxcompress.engines.formats import FORMATS
 
 
@@ -86,7 +87,6 @@ class BothAtOnce(nn.Module):
 
 
 MODELS = {
-    "pieces": (Pieces, {"x": torch.randn(2, 7, 4)}, {"x": (1,)}),
     "both at once": (BothAtOnce, (torch.randn(2, 4), torch.randn(2, 4)), None),
     "windows": (WindowAttention, torch.randn(2, 8, 8), None),
     "t5": (small_t5, ((), {"input_ids": torch.randint(0, 11, (2, 5)), "attention_mask": torch.ones(2, 5)}), None),
@@ -125,6 +125,16 @@ def test_every_format_computes_what_the_model_computes(name, suffix, tmp_path):
     assert exported.size == sum(file.stat().st_size for file in tmp_path.iterdir())
     assert exported.max_relative_error <= 1e-5
     assert str(exported).startswith(f"{path} (")
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".xml", ".pt2"])
+def test_pieces_of_a_length_that_is_dynamic(suffix, tmp_path):
+    program = fxc.trace(Pieces(), {"x": torch.randn(2, 8, 4)}, dynamic={"x": (1,)})
+    path = fxc.export(program, tmp_path / f"m{suffix}").path
+    for length in (8, 9, 11):
+        x = torch.randn(3, length, 4)
+        names = tensor_names(program.interface, program(x))
+        torch.testing.assert_close(FORMATS[suffix].open(path, names)([x]), [*program(x)])
 
 
 def test_onnx_keeps_names_and_dynamic_dims(plain, tmp_path):
