@@ -69,7 +69,9 @@ def removal_coverage():
         good = sum(row["ok"] for row in members)
         peers = [row["peer_macs_ratio"] for row in members if "peer_macs_ratio" in row]
         tried = len(peers) + sum("peer_failed" in row for row in members)
-        peer = f"{len(peers)} of {tried}" + (f", {statistics.median(peers):.3f}" if peers else "")
+        peer = (
+            f"{len(peers)} of {tried}" + (f", {statistics.median(peers):.3f}" if peers else "") if tried else "not run"
+        )
         rows.append((source, str(len(members)), str(good), f"{statistics.median(kept):.3f}", str(above), peer))
     headers = ("source", "models", "pass every check", "MACs left, median", "with more than 0.35",
                "Torch-Pruning: runs, MACs left")  # fmt: skip
