@@ -35,11 +35,11 @@ def check_islands(subject: Any, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_onnxruntime(subject: Any, row: dict[str, Any]) -> dict[str, Any]:
-    return runs("onnxruntime", "insert-qdq{target=onnxruntime least=1 weight-bits=7}", row)
+    return runs("onnxruntime", "canonicalize-linear,insert-qdq{target=onnxruntime least=1 weight-bits=7}", row)
 
 
 def check_openvino(subject: Any, row: dict[str, Any]) -> dict[str, Any]:
-    return runs("openvino", "insert-qdq{target=openvino least=1}", row)
+    return runs("openvino", "canonicalize-linear,insert-qdq{target=openvino least=1}", row)
 
 
 def runs(engine: str, pipeline: str, row: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from fxcompress.pipeline.options import Option, options_of
 GROUP = "fxcompress.passes"
 
 BUILT_IN: Mapping[str, str] = {
+    "canonicalize-linear": "fxcompress.passes.canonicalize_linear:CanonicalizeLinear",
     "cast": "fxcompress.passes.cast:Cast",
     "channels": "fxcompress.passes.channels.analysis:Channels",
     "compensate": "fxcompress.passes.compensate:Compensate",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +19,9 @@ BUDGET_S = 20.0
 _LEAST_ROUNDS = 5
 _LEAST_SAMPLE_S = 5e-3
 """A sample shorter than this repeats the call: a timer and a cold cache would be measured otherwise."""
+
+_REST_S = 10e-3
+"""Before each sample, so that threads of the engine before it have stopped to wait actively for more work."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def measure(
 ) -> dict[str, Latency]:
     """Latency of several calls, measured in interleaved rounds without gradients.
 
-    Each round takes one sample of every call, in an order that turns around from round to round.
+    Each round takes one sample of every call, in an order of its own, so that none always follows the same other one.
 
     Args:
         calls: Name -> what to time.
@@ -78,11 +82,12 @@ def measure(
     with torch.no_grad():
         repeats = {name: _repeats(call) for name, call in calls.items()}
         samples: dict[str, list[float]] = {name: [] for name in calls}
+        order = random.Random(0)
         started = time.perf_counter()
         for index in range(rounds):
             if index >= _LEAST_ROUNDS and time.perf_counter() - started > budget:
                 break
-            for name in list(calls) if index % 2 == 0 else reversed(list(calls)):
+            for name in order.sample(list(calls), len(calls)):
                 samples[name].append(_sample(calls[name], repeats[name]))
             if on_round is not None:
                 on_round(index + 1, rounds)
@@ -98,6 +103,7 @@ def _repeats(call: Callable[[], object]) -> int:
 
 def _sample(call: Callable[[], object], repeats: int) -> float:
     _synchronize()
+    time.sleep(_REST_S)
     started = time.perf_counter()
     for _ in range(repeats):
         call()

@@ -12,17 +12,21 @@ from fxcompress.pipeline.text import Pipeline, as_pipeline, parse
 # Weights for onnxruntime have 7 bits: without VNNI its kernels add pairs of 8-bit products in 16 bits, which overflow.
 RECIPES: Mapping[str, str] = {
     "default": "eliminate-dead,fold-constants,fold-batchnorm",
-    "int8": "eliminate-dead,fold-constants,fold-batchnorm,insert-qdq,correct-bias,refine-rounding",
+    "int8": (
+        "eliminate-dead,fold-constants,canonicalize-linear,fold-batchnorm,insert-qdq,correct-bias,refine-rounding"
+    ),
     "int8-onnxruntime": (
-        "eliminate-dead,fold-constants,fold-batchnorm,"
+        "eliminate-dead,fold-constants,canonicalize-linear,fold-batchnorm,"
         "insert-qdq{target=onnxruntime weight-bits=7},correct-bias,refine-rounding"
     ),
     "int8-executorch": (
-        "eliminate-dead,fold-constants,fold-batchnorm,insert-qdq{target=executorch},correct-bias,refine-rounding"
+        "eliminate-dead,fold-constants,canonicalize-linear,fold-batchnorm,insert-qdq{target=executorch},correct-bias,"
+        "refine-rounding"
     ),
     "half-int8": (
-        "eliminate-dead,fold-constants,select-channels,remove-channels,train{epochs=8 rate=0.02 optimizer=sgd},"
-        "fold-batchnorm,insert-qdq{target=onnxruntime weight-bits=7},correct-bias"
+        "eliminate-dead,fold-constants,canonicalize-linear,select-channels,remove-channels,"
+        "train{epochs=8 rate=0.02 optimizer=sgd},fold-batchnorm,"
+        "insert-qdq{target=onnxruntime weight-bits=7},correct-bias"
     ),
 }
 """Recipe name -> pipeline text; no recipe has the name of a pass."""

@@ -58,9 +58,16 @@ class Masked(nn.Module):
         return x.masked_fill(x > 0, -1e35)
 
 
-def test_a_product_with_state():
-    _, result = run(Between(Times()), 8, 4)
-    assert refused(result) == [("constant-operand", "matmul")]
+class Adding(Times):
+    def forward(self, x):
+        return torch.addmm(self.held[0], x, self.held)
+
+
+@pytest.mark.parametrize(("model", "node"), [(Times, "matmul"), (Adding, "addmm")])
+def test_a_product_with_state(model, node):
+    _, result = run(Between(model()), 8, 4)
+    assert refused(result) == [("constant-operand", node)]
+    assert "canonicalize-linear" in result.refusals[0].reason
     assert result.statistics["layers"] == 2
 
 
