@@ -3,9 +3,9 @@
 EfficientNet-Lite0 with its ImageNet weights, on crops of photographs that no one calibrated on: how often the slim
 network names the class that the whole one names (top-1 agreement), and the divergence of its probabilities from those
 of the whole one, at 10, 20 and 30 % fewer multiply-accumulates. Every criterion of ours runs with and without
-``compensate``; Torch-Pruning's run with local, global and isomorphic ranking, at the largest ratio-searched share of
-MACs below the same target. Both get the same crops, labels (the whole network's) and loss. MACs are counted alike, by
-PyTorch's own counter.
+``compensate``, and those that Torch-Pruning has too with uniform, global and isomorphic ranking. Torch-Pruning's run
+with local, global and isomorphic ranking, at the largest ratio-searched share of MACs below the same target. Both get
+the same crops, labels (the whole network's) and loss. MACs are counted alike, by PyTorch's own counter.
 
     python benchmarks/one_shot_quality.py
     python benchmarks/one_shot_quality.py --only 'ours fisher*' --macs 0.8 --crops 4 --log rows.jsonl
@@ -121,8 +121,9 @@ def macs(model: nn.Module) -> int:
 # --- ours ------------------------------------------------------------------------------------------------------------
 
 
-def ours(subject: Subject, share: float, criterion: str, way: str) -> nn.Module:
-    select = f"select-channels{{macs={share} criterion={measured(subject, criterion)}}}"
+def ours(subject: Subject, share: float, criterion: str, scope: str, way: str) -> nn.Module:
+    ranking = f" scope={scope}" if scope else ""
+    select = f"select-channels{{macs={share} criterion={measured(subject, criterion)}{ranking}}}"
     passes = {"alone": "remove-channels", "compensate": "compensate,remove-channels"}[way]
     done = fxc.PassManager(f"{select},{passes}", instruments=[]).run(subject.program, subject.task)
     return done.program.emit()
@@ -139,10 +140,13 @@ def measured(subject: Subject, name: str) -> str:
 
 
 def our_runs(subject: Subject, share: float) -> Iterator[tuple[str, str, Callable[[], nn.Module]]]:
-    """Criterion, way and work, with every other option at its default."""
+    """Criterion, way and work; the ranking is the default one where the way names none."""
     for name in (*NO_DATA, *FROM_DATA):
-        for way in ("alone", "compensate"):
-            yield name, way, lambda name=name, way=way: ours(subject, share, name, way)
+        others = {"uniform", "global", "isomorphic"} - {"global" if name in SAMPLED else "uniform"}
+        for scope in ("", *sorted(others if name in (*NO_DATA, *SAMPLED) else ())):
+            for way in ("alone", "compensate"):
+                work = lambda name=name, scope=scope, way=way: ours(subject, share, name, scope, way)  # noqa: E731
+                yield name, f"{scope} {way}".strip(), work
 
 
 # --- Torch-Pruning ---------------------------------------------------------------------------------------------------
