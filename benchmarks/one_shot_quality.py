@@ -26,7 +26,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +142,16 @@ def measured(subject: Subject, name: str) -> str:
 def our_runs(subject: Subject, share: float) -> Iterator[tuple[str, str, Callable[[], nn.Module]]]:
     """Criterion, way and work; the ranking is the default one where the way names none."""
     for name in (*NO_DATA, *FROM_DATA):
-        others = {"uniform", "global", "isomorphic"} - {"global" if name in SAMPLED else "uniform"}
-        for scope in ("", *sorted(others if name in (*NO_DATA, *SAMPLED) else ())):
+        for scope in rankings(name):
             for way in ("alone", "compensate"):
-                work = lambda name=name, scope=scope, way=way: ours(subject, share, name, scope, way)  # noqa: E731
-                yield name, f"{scope} {way}".strip(), work
+                yield name, f"{scope} {way}".strip(), partial(ours, subject, share, name, scope, way)
+
+
+def rankings(name: str) -> list[str]:
+    """The default one, which has no name here, and the others where Torch-Pruning has the criterion too."""
+    default = "global" if criteria.criterion_of(name).scale == "loss" else "uniform"
+    shared = name in (*NO_DATA, *SAMPLED)
+    return ["", *(scope for scope in ("uniform", "global", "isomorphic") if shared and scope != default)]
 
 
 # --- Torch-Pruning ---------------------------------------------------------------------------------------------------

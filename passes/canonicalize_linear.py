@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 
 from fxcompress.ir.dead_code import drop_unread_state, eliminate_dead
 from fxcompress.ir.lowering import read_state
-from fxcompress.ir.ops import Operation, free_name, operations, readers, set_state
+from fxcompress.ir.ops import Operation, free_name, get_module, operations, readers, set_state
 from fxcompress.ir.program import Program
 from fxcompress.pass_base import Guarantee, PassResult, Refusal, Transform
 from fxcompress.task import Task
@@ -84,7 +84,7 @@ def _objection(call: Operation) -> tuple[str, str] | None:
         return None
     if (call["beta"], call["alpha"]) != (1, 1):
         return "scaled-sum", "beta or alpha is not 1; scale the weight and the bias instead"
-    if _bias(call).meta["val"].shape != _matrix(call).shape[1:]:
+    if call.operand("self").meta["val"].shape != _matrix(call).shape[1:]:
         return "broadcast-bias", "what it adds is not one value for each output"
     return None
 
@@ -94,27 +94,20 @@ def _matrix(call: Operation) -> torch.Tensor:
     return found
 
 
-def _bias(call: Operation) -> fx.Node:
-    """What ``addmm`` adds."""
-    added = call.node.args[0]
-    assert isinstance(added, fx.Node)
-    return added
-
-
 def _put_transposed(root: fx.GraphModule, name: str, weight: torch.Tensor) -> str:
-    """Puts the transposed weight beside the one of that name; gives its name."""
+    """Puts the transposed weight beside the one of that name, saved or not as that is; gives its name."""
     turned: torch.Tensor = weight.detach().t().contiguous()
     if isinstance(weight, nn.Parameter):
         turned = nn.Parameter(turned, requires_grad=weight.requires_grad)
     path, _, leaf = name.rpartition(".")
     new = f"{path}.{free_name(root, path, f'{leaf}_transposed')}".lstrip(".")
-    set_state(root, new, turned)
+    set_state(root, new, turned, persistent=leaf not in get_module(root, path)._non_persistent_buffers_set)
     return new
 
 
 def _write(root: fx.GraphModule, call: Operation, weight: str) -> None:
     """Makes a linear layer of the call, in place."""
     value = call.operand(_PRODUCTS[call.overload][0])
-    bias = _bias(call) if call.overload is aten.addmm.default else None
+    bias = call.operand("self") if call.overload is aten.addmm.default else None
     call.node.args, call.node.kwargs = (value, read_state(root, weight, call.node), bias), {}
     call.node.target = aten.linear.default

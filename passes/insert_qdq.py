@@ -33,6 +33,9 @@ from fxcompress.task import Task
 
 aten = torch.ops.aten
 
+_FACTORS = ("mat2", "other")
+"""What the second factor of a product is called."""
+
 
 @dataclass(frozen=True)
 class InsertQdq(Transform):
@@ -133,16 +136,16 @@ def _objections(root: fx.GraphModule, target: Target) -> Iterator[Refusal]:
 
 def _objection(call: Operation, target: Target) -> tuple[str, str] | None:
     read = target.reads(call.overload)
-    if any(name in call.state for name in ("mat2", "other")):
-        reason = "it multiplies by a tensor of the model's state; canonicalize-linear writes it as a linear layer"
-        return "constant-operand", reason
     if not read and call.overload in target.slow:
         reason = "without VNNI the engine is slower at it in integers; for a processor that has it set vnni=true"
         return "slower-in-integers", reason
+    if aten.linear.default in target.layers and any(name in call.state and call[name].dim() == 2 for name in _FACTORS):
+        reason = "it multiplies by a matrix of the model's state; canonicalize-linear writes it as a linear layer"
+        return "constant-operand", reason
     if not read:
         return "no-integer-kernel", f"the target has no integer kernel for {call.overload}; it stays in floating point"
     if any(name in call.state for name in read):
-        return "constant-operand", "it multiplies a tensor of the model's state by a value; write it as a linear layer"
+        return "constant-operand", "it multiplies by a tensor of the model's state; write it as a linear layer"
     if call.overload in target.products:
         return None
     return weights.objection(call)

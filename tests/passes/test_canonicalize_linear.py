@@ -59,6 +59,14 @@ def test_weights_keep_their_kind_and_get_a_new_name(before):
     assert torch.equal(parameters["first_transposed"], before.graph_module.first.T)
 
 
+def test_a_buffer_that_is_not_saved_still_is_not(before):
+    before.graph_module._non_persistent_buffers_set.add("third")
+
+    after, _ = run_pass(CanonicalizeLinear(), before)
+
+    assert sorted(after.graph_module.state_dict()) == ["bias", "first_transposed", "second_transposed"]
+
+
 def test_a_second_run_changes_nothing(before):
     after, _ = run_pass(CanonicalizeLinear(), before)
 

@@ -71,6 +71,23 @@ def test_a_product_with_state(model, node):
     assert result.statistics["layers"] == 2
 
 
+class Stacked(nn.Module):
+    """Matrices for groups of rows, which no linear layer has."""
+
+    def __init__(self):
+        super().__init__()
+        self.held = nn.Parameter(torch.randn(1, 4, 4))
+
+    def forward(self, x):
+        return torch.matmul(x.unsqueeze(1), self.held).squeeze(1)
+
+
+def test_a_product_with_stored_matrices():
+    _, result = run(Between(Stacked()), 8, 4)
+    assert refused(result) == [("constant-operand", "matmul")]
+    assert "canonicalize-linear" not in result.refusals[0].reason
+
+
 def test_a_weight_that_is_computed():
     _, result = run(Between(ComputedWeight()), 8, 4)
     assert refused(result) == [("computed-weight", "linear")]
