@@ -149,6 +149,7 @@ class Units:
             self._join_single(a[:, 0], b[:, 0], cause)
         else:
             self._join_products(a, b, cause)
+            self._join_rest(a, b, cause)
 
     def factor(self, array: Array, product: Array, cause: int) -> None:
         """Joins an array with a product of fresh units: where its own are independent, each becomes its row."""
@@ -197,6 +198,21 @@ class Units:
         for side, array in enumerate((a, b)):
             for column in range(array.shape[1]):
                 self._substitute(array[:, column], parts.get((side, column), []), cause)
+
+    def _join_rest(self, a: Array, b: Array, cause: int) -> None:
+        """Joins the rows that substitution left different.
+
+        A unit gets the factors of all rows that it is in, also those of a column that some of these rows do not have.
+        """
+        a, b = self.resolve(a), self.resolve(b)
+        rest = _differ(a, b)
+        if not rest.any():
+            return
+        a, b = a[rest], b[rest]
+        lonely = ((a != NONE).any(1)) != ((b != NONE).any(1))
+        self.freeze(a[lonely], cause)
+        self.freeze(b[lonely], cause)
+        self._collapse(a[~lonely], b[~lonely])
 
     def _common_factor(self, a: Array, b: Array) -> tuple[Array, Array, Mask] | None:
         """Units of both columns, the new unit of each one's component, and whether it is of ``a``.
@@ -260,6 +276,18 @@ def _components(a: Array, b: Array) -> tuple[Array, Array]:
 
 def _same(a: Array, b: Array) -> bool:
     return not np.count_nonzero(a != b)
+
+
+def _differ(a: Array, b: Array) -> Mask:
+    """The rows of which one side has a unit that the other has not."""
+    width = max(a.shape[1], b.shape[1])
+    both = []
+    for array in (a, b):
+        wide = np.full((len(array), width), NONE)
+        wide[:, : array.shape[1]] = array
+        both.append(np.sort(wide, axis=1))
+    found: Mask = np.any(both[0] != both[1], axis=1)
+    return found
 
 
 def compact(array: Array) -> Array:
