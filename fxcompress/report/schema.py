@@ -110,7 +110,11 @@ def _pass(item: Mapping[str, Any]) -> PassRow:
 
 def _comparison(item: Mapping[str, Any]) -> Comparison:
     return Comparison(
-        float(item["max_abs_error"]), float(item["max_rel_error"]), float(item["sqnr_db"]), bool(item["exact"])
+        float(item["max_abs_error"]),
+        float(item["max_rel_error"]),
+        float(item["sqnr_db"]),
+        bool(item["exact"]),
+        float(item.get("discrete_changed", 0.0)),
     )
 
 

@@ -44,7 +44,8 @@ IDENTITIES = frozenset(
         aten.positive.default,
     }
 )
-"""Operators that copy or relabel memory: without in-place operations, the value is their operand's."""
+"""Operators that copy or relabel memory: without in-place operations, the value is their operand's. Only complex views
+need the order in memory that a copy may have made."""
 
 
 def normalize(graph_module: fx.GraphModule) -> None:
@@ -91,7 +92,7 @@ def _replacement(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     target = node.target
     assert isinstance(target, OpOverload)
     rule = _RULES.get(target)
-    if target in IDENTITIES:
+    if target in IDENTITIES and not any(user.target is aten.view_as_complex.default for user in node.users):
         source = node.args[0]
         return source if isinstance(source, fx.Node) else None
     if rule is None:

@@ -36,25 +36,34 @@ class Comparison:
         max_rel_error: The same, relative to the largest reference magnitude of its output.
         sqnr_db: Signal to quantization-noise ratio in dB, ``inf`` when bit-equal.
         exact: Whether all outputs are bit-equal.
+        discrete_changed: Share of the elements of an output of integers or booleans (classes, masks) that differ.
     """
 
     max_abs_error: float
     max_rel_error: float
     sqnr_db: float
     exact: bool
+    discrete_changed: float = 0.0
 
     def __str__(self) -> str:
-        return "bit-equal" if self.exact else f"max rel error {self.max_rel_error:.2e}, SQNR {self.sqnr_db:.1f} dB"
+        if self.exact:
+            return "bit-equal"
+        discrete = f", {self.discrete_changed:.1%} of discrete outputs changed" if self.discrete_changed else ""
+        return f"max rel error {self.max_rel_error:.2e}, SQNR {self.sqnr_db:.1f} dB{discrete}"
 
 
-def compare(before: Program, after: Program) -> Comparison:
+def measure(before: Program, after: Program) -> Comparison:
     """How much two Programs of one interface differ on the example inputs, at two batch sizes.
 
     Raises:
         VerificationError: The outputs differ in number, shape or dtype, or only ``after`` gives NaN.
     """
-    found = [compare_outputs(run(before, leaves), run(after, leaves)) for leaves in input_sets(before.interface)]
-    return worst(found)
+    return worst([measure_outputs(run(before, leaves), run(after, leaves)) for leaves in input_sets(before.interface)])
+
+
+def compare(before: Program, after: Program) -> Comparison:
+    """Like :func:`measure`, where outputs of integers or booleans must be equal."""
+    return worst([compare_outputs(run(before, leaves), run(after, leaves)) for leaves in input_sets(before.interface)])
 
 
 def check_exact(before: Program, after: Program, rewrite: Callable[[Program], object]) -> Comparison:
@@ -196,10 +205,25 @@ def input_sets(interface: Interface) -> list[list[Any]]:
 
 
 def compare_outputs(expected: list[Any], found: list[Any]) -> Comparison:
+    """Compares two flat lists of outputs; a difference in structure, shape, dtype or discrete values is an error."""
+    parts = _leaves(expected, found)
+    for index, part in enumerate(parts):
+        if part.discrete_changed:
+            given = expected[index]
+            share = f"{round(part.discrete_changed * given.numel())} of {given.numel()} elements"
+            raise VerificationError(f"output {index} ({given.dtype}) differs in {share}")
+    return worst(parts)
+
+
+def measure_outputs(expected: list[Any], found: list[Any]) -> Comparison:
     """Compares two flat lists of outputs; a difference in structure, shape or dtype is an error."""
+    return worst(_leaves(expected, found))
+
+
+def _leaves(expected: list[Any], found: list[Any]) -> list[Comparison]:
     if len(expected) != len(found):
         raise VerificationError(f"{len(found)} outputs where {len(expected)} are expected")
-    return worst([_leaf(i, a, b) for i, (a, b) in enumerate(zip(expected, found, strict=True))])
+    return [_leaf(i, a, b) for i, (a, b) in enumerate(zip(expected, found, strict=True))]
 
 
 def worst(parts: list[Comparison]) -> Comparison:
@@ -209,6 +233,7 @@ def worst(parts: list[Comparison]) -> Comparison:
         max((part.max_rel_error for part in parts), default=0.0),
         min((part.sqnr_db for part in parts), default=math.inf),
         all(part.exact for part in parts),
+        max((part.discrete_changed for part in parts), default=0.0),
     )
 
 
@@ -224,7 +249,7 @@ def _leaf(index: int, a: Any, b: Any) -> Comparison:
     if torch.equal(a, b):
         return Comparison(0.0, 0.0, math.inf, True)
     if not _floating(a):
-        raise VerificationError(f"output {index} ({a.dtype}) differs in {int((a != b).sum())} of {a.numel()} elements")
+        return Comparison(0.0, 0.0, math.inf, False, int((a != b).sum()) / a.numel())
     wide = torch.complex128 if a.is_complex() else torch.float64
     same = (a == b) | (torch.isnan(a) & torch.isnan(b))
     if same.all():

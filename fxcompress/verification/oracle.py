@@ -20,6 +20,7 @@ from torch import fx
 from fxcompress.errors import VerificationError
 from fxcompress.ir.ops import Operation, operation
 from fxcompress.ir.program import Program
+from fxcompress.tracing.untouched import seeded
 from fxcompress.verification.numerics import EXACT_TOLERANCE, Comparison, compare_outputs, input_sets, run, worst
 from fxcompress.verification.widened import widened
 
@@ -61,7 +62,7 @@ def check_removal(before: Program, after: Program, kept: Kept) -> Comparison:
     reference, slim = widened(before), widened(after)
     found = []
     for leaves in input_sets(reference.interface):
-        with torch.no_grad():
+        with torch.no_grad(), seeded():
             expected = list(Oracle(reference, kept).run(*leaves))
         found.append(compare_outputs(expected, run(slim, leaves)))
     comparison = worst(found)
@@ -319,6 +320,20 @@ def _norm(masked: _Masked) -> Any:
     order = masked.call.arguments.get("ord", masked.call.arguments.get("p"))
     filled = masked.filled(math.inf, masked.dims()) if order is not None and order < 0 else None
     return None if filled is None else masked.again(filled)
+
+
+@_rule(aten.rand_like.default, aten.randn_like.default, aten.bernoulli.default, aten.bernoulli.p)
+def _drawn(masked: _Masked) -> Any:
+    """Only what is kept gets random numbers, as many as the smaller model draws."""
+    if not masked.keeps:
+        return None
+    kept = masked.x
+    for dim, keep in masked.keeps.items():
+        kept = kept.index_select(dim, keep.nonzero()[:, 0])
+    drawn = masked.again(kept)
+    mask = masked.mask(list(masked.keeps))
+    assert mask is not None
+    return drawn.new_zeros(masked.x.shape).masked_scatter(mask, drawn)
 
 
 @_rule(aten.scaled_dot_product_attention.default)

@@ -9,11 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils._pytree import tree_map
+from torch import fx, nn
+from torch._ops import OpOverload
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fxcompress.analysis import invalidate
-from fxcompress.ir.ops import replace_state
+from fxcompress.ir.ops import argument_names, bind, replace_state
 from fxcompress.ir.program import Program
 
 _WIDER = {
@@ -32,7 +33,7 @@ def widened(program: Program) -> Program:
         if tensor.dtype in _WIDER:
             replace_state(root, tensor, _wide_state(tensor))
     for node in wide.nodes:
-        node.args, node.kwargs = tree_map(_wide, node.args), tree_map(_wide, node.kwargs)
+        node.args, node.kwargs = tree_map(_wide, node.args), tree_map(_wide, node.kwargs) | _created_dtype(node)
         if "val" in node.meta:
             node.meta["val"] = tree_map(_wide, node.meta["val"])
     root.recompile()
@@ -41,6 +42,17 @@ def widened(program: Program) -> Program:
     wide.interface = replace(interface, args=args, kwargs=kwargs)
     invalidate(wide, ())
     return wide
+
+
+def _created_dtype(node: fx.Node) -> dict[str, Any]:
+    """The dtype of a tensor that is made of sizes alone and takes the default one."""
+    if not isinstance(node.target, OpOverload) or "dtype" not in argument_names(node.target):
+        return {}
+    reads = (value for source in node.all_input_nodes for value in tree_leaves(source.meta.get("val")))
+    if any(isinstance(value, torch.Tensor) for value in reads):
+        return {}
+    given, made = bind(node.target, node.args, node.kwargs)["dtype"], node.meta["val"].dtype
+    return {"dtype": _WIDER[made]} if given is None and made in _WIDER else {}
 
 
 def _wide_state(tensor: torch.Tensor) -> torch.Tensor:

@@ -27,8 +27,7 @@ def _set_sizes(edit: Edit, name: str) -> None:
 
 
 @rewrite(aten.reshape.default, aten.expand.default, aten.full.default, aten.zeros.default, aten.ones.default,
-         aten.new_zeros.default, aten.new_full.default, aten.new_ones.default, aten.rand.default,
-         aten.randn.default)  # fmt: skip
+         aten.new_zeros.default, aten.new_full.default, aten.new_ones.default)  # fmt: skip
 def sized(edit: Edit) -> None:
     """The size of the result, dim by dim."""
     _set_sizes(edit, "shape" if "shape" in edit.operation.arguments else "size")
@@ -115,14 +114,20 @@ def select(edit: Edit) -> None:
 
 @rewrite(aten.slice_scatter.default)
 def slice_scatter(edit: Edit) -> None:
-    """Bounds move."""
+    """Bounds move; with a step, elements are written where those that stay are now."""
     x = edit.layout("self")
     dim = normalized_dim(edit["dim"], len(x))
     kept = edit.kept(x[dim])
-    if kept is not None:
-        first, last = _bounds(edit, x[dim])
+    if kept is None:
+        return
+    first, last = _bounds(edit, x[dim])
+    if edit["step"] == 1:
         edit.set("start", _before(kept, first))
         edit.set("end", _before(kept, last))
+        return
+    chosen = np.arange(first, last, edit["step"])
+    places = torch.from_numpy((np.cumsum(kept) - 1)[chosen[kept[chosen]]])
+    edit.replace(aten.index_copy.default, edit.operand("self"), dim, edit.constant(places), edit.operand("src"))
 
 
 @rewrite(aten.constant_pad_nd.default, aten.pad.default)

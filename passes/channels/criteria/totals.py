@@ -108,19 +108,24 @@ def marginals(each: Each, dims: Iterable[int], *tensors: torch.Tensor) -> dict[i
     count, *rest = tensors[0].shape
     single = torch.promote_types(tensors[0].dtype, torch.float32)
     if not rest:
-        return {0: each(*(tensor.detach().to(single) for tensor in tensors)).cpu().numpy().astype(np.float64)}
+        return {0: _real(each(*(tensor.detach().to(single) for tensor in tensors))).cpu().numpy().astype(np.float64)}
     size, wanted = math.prod(rest), set(dims)
     step = max(1, _PIECE // max(1, size))
     matrices = [tensor.detach().reshape(count, size) for tensor in tensors]
     first, others = np.zeros(count), np.zeros(size)
     for top in range(0, count, step):
         rows = slice(top, top + step)
-        values = each(*(matrix[rows].to(single) for matrix in matrices))
+        values = _real(each(*(matrix[rows].to(single) for matrix in matrices)))
         if 0 in wanted:
             first[rows] = values.sum(1).cpu().numpy()
         if wanted - {0}:
             others += values.sum(0).cpu().numpy()
     return {dim: _marginal(others.reshape(rest), dim - 1) if dim > 0 else first for dim in wanted}
+
+
+def _real(values: torch.Tensor) -> torch.Tensor:
+    """What a function makes of complex weights counts by its magnitude."""
+    return values.abs() if values.is_complex() else values
 
 
 def _marginal(values: Scores, dim: int) -> Scores:

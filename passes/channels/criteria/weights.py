@@ -78,6 +78,7 @@ def fpgm(evidence: Evidence) -> Scores:
 
 def _distances(weight: torch.Tensor, dim: int) -> Scores:
     """For each index of a dim the sum of the Euclidean distances from its slice to all others'."""
+    weight = torch.view_as_real(weight) if weight.is_complex() else weight
     filters = weight.movedim(dim, 0).reshape(weight.shape[dim], -1)
     filters = filters.to(torch.promote_types(filters.dtype, torch.float32))
     sums = [torch.cdist(rows, filters).double().sum(1) for rows in torch.split(filters, _ROWS)]

@@ -10,7 +10,7 @@ aten = torch.ops.aten
 
 
 @rule(aten.full.default, aten.zeros.default, aten.ones.default, aten.new_zeros.default, aten.new_full.default,
-      aten.new_ones.default, aten.rand.default, aten.randn.default)  # fmt: skip
+      aten.new_ones.default)  # fmt: skip
 def filled(call: Call) -> Layout:
     """One value everywhere: any number of elements will do, along the part of each dim that is of known size."""
     dims = []
@@ -21,9 +21,10 @@ def filled(call: Call) -> Layout:
 
 
 @rule(aten.arange.default, aten.arange.start, aten.arange.start_step, aten.linspace.default, aten.eye.default,
-      aten.eye.m, aten.scalar_tensor.default, aten.tril_indices.default)  # fmt: skip
+      aten.eye.m, aten.scalar_tensor.default, aten.tril_indices.default, aten.rand.default,
+      aten.randn.default)  # fmt: skip
 def numbered(call: Call) -> Layout:
-    """Values depend on the place, so all stay."""
+    """Values depend on the place, or are drawn one after the other, so all stay."""
     return call.positions()
 
 

@@ -18,6 +18,7 @@ rule(
     aten.feature_dropout.default,
     aten.feature_alpha_dropout.default,
     aten.detach.default,
+    aten.contiguous.default,
     aten.hardswish.default,
     aten.log_sigmoid.default,
     aten.masked_fill.Tensor,
