@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from fxcompress.passes.quantization.nodes import QUANTIZED, call, last_input, matches
+from fxcompress.passes.quantization.nodes import QUANTIZED, call, last_input, skipped
 from fxcompress.passes.quantization.targets import CLAMPS, LAYERS, PRODUCTS, TRANSPOSED, VIEWS
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
@@ -71,7 +71,8 @@ class Cast(Transform):
         root, dtype = program.graph_module, DTYPES[self.dtype]
         refusals = tuple(_objections(root, dtype))
         kept = {refusal.node for refusal in refusals}
-        chosen = _chosen(root, lambda node: node.name in kept or matches(node, self.skip))
+        skip = skipped(program.nodes, self.skip)
+        chosen = _chosen(root, lambda node: node.name in kept or node in skip)
         layers = sum(overload_of(root, node) in _PRODUCTS for node in chosen)
         chosen = _with_own_state(root, chosen)
         chosen |= _narrow_state(root, chosen, dtype)

@@ -6,18 +6,18 @@ calibration batches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from fxcompress.passes.quantization import weights
 from fxcompress.passes.quantization.grid import QuantizationParameters, Range
-from fxcompress.passes.quantization.nodes import is_quantization, matches, quantize_dequantize, quantized
+from fxcompress.passes.quantization.nodes import is_quantization, quantize_dequantize, quantized, skipped
 from fxcompress.passes.quantization.placement import Placement, Point
 from fxcompress.passes.quantization.processor import has_vnni
 from fxcompress.passes.quantization.rewrites import flatten_rows, split_attention
-from fxcompress.passes.quantization.targets import ATTENTION, PADS, Target, target_of
+from fxcompress.passes.quantization.targets import ATTENTION, ATTENTION_OPERANDS, PADS, Target, target_of
 from fxcompress.passes.ranges import Ranges
 from torch import fx
 
@@ -33,18 +33,15 @@ from fxcompress.task import Task
 
 aten = torch.ops.aten
 
-_FACTORS = ("mat2", "other")
-"""What the second factor of a product is called."""
-
 
 @dataclass(frozen=True)
 class InsertQdq(Transform):
     """Puts quantize and dequantize nodes where the target engine computes in int8.
 
     Weights become integers per output channel, biases stay as they are, and nothing stands between operators that the
-    engine computes as one. A Program that has such nodes already is left alone. Refuses, naming the layer:
-    ``no-integer-kernel``, ``slower-in-integers``, ``computed-weight``, ``constant-operand``, ``not-float32``,
-    ``not-finite``, ``unbounded-range``.
+    engine computes as one. Refuses, naming the layer: ``no-integer-kernel``, ``slower-in-integers``,
+    ``computed-weight``, ``empty-weight``, ``constant-operand``, ``not-float32``, ``not-finite``, ``unbounded-range``;
+    and, as a whole, a Program that has such nodes already (``already-quantized``).
 
     Attributes:
         target: Engine that will run the model.
@@ -81,10 +78,10 @@ class InsertQdq(Transform):
         """Counts the ``layers`` and ``activations`` that became integers."""
         root, target = program.graph_module, target_of(self.target)
         target = target if self._vnni else target.without_slow()
-        if any(map(is_quantization, program.nodes)):
-            return PassResult(changed=False, statistics={"layers": 0, "activations": 0})
+        if there := next(filter(is_quantization, program.nodes), None):
+            return PassResult(False, (_already(there),), {"layers": 0, "activations": 0})
         refusals = {refusal.node: refusal for refusal in _objections(root, target)}
-        floating = {node for node in program.nodes if node.name in refusals or matches(node, self.skip)}
+        floating = skipped(program.nodes, self.skip) | {node for node in program.nodes if node.name in refusals}
         rewritten = _write_for(target, [call for call in operations(root) if call.node not in floating])
         points = Placement(root, target, floating).points()
         if not points:
@@ -123,12 +120,21 @@ class InsertQdq(Transform):
         return True
 
 
+def _already(node: fx.Node) -> Refusal:
+    reason = (
+        "it quantizes, and only a model with no such nodes gets a placement; run insert-qdq on the model as it was, "
+        "in place of quantize-weights or quantize-dynamic"
+    )
+    return Refusal("already-quantized", node.name, reason)
+
+
 def _objections(root: fx.GraphModule, target: Target) -> Iterator[Refusal]:
     """Layers and products that must stay in floating point."""
     for call in operations(root):
-        if call.overload not in macs.RULES or (target.splits_attention and call.overload is ATTENTION):
+        if call.overload not in macs.RULES:
             continue
-        objection = _objection(call, target)
+        split = target.splits_attention and call.overload is ATTENTION
+        objection = _other_dtype(call, ATTENTION_OPERANDS) if split else _objection(call, target)
         if objection is not None:
             code, reason = objection
             yield Refusal(code, call.node.name, reason)
@@ -139,20 +145,25 @@ def _objection(call: Operation, target: Target) -> tuple[str, str] | None:
     if not read and call.overload in target.slow:
         reason = "without VNNI the engine is slower at it in integers; for a processor that has it set vnni=true"
         return "slower-in-integers", reason
-    if aten.linear.default in target.layers and any(name in call.state and call[name].dim() == 2 for name in _FACTORS):
-        reason = "it multiplies by a matrix of the model's state; canonicalize-linear writes it as a linear layer"
-        return "constant-operand", reason
+    if aten.linear.default in target.layers and weights.multiplies_stored_matrix(call):
+        return "constant-operand", weights.STORED_MATRIX
     if not read:
         return "no-integer-kernel", f"the target has no integer kernel for {call.overload}; it stays in floating point"
     if any(name in call.state for name in read):
         return "constant-operand", "it multiplies by a tensor of the model's state; write it as a linear layer"
-    if call.overload in target.products:
+    return _other_dtype(call, read) if call.overload in target.products else weights.objection(call)
+
+
+def _other_dtype(call: Operation, names: Iterable[str]) -> tuple[str, str] | None:
+    dtypes = {call[name].meta["val"].dtype for name in names if name in call.operands} - {torch.float32}
+    if not dtypes:
         return None
-    return weights.objection(call)
+    dtype = dtypes.pop()
+    return "not-float32", f"it computes in {dtype}, and only torch.float32 becomes integers; convert the model first"
 
 
 def _unbounded(reader: fx.Node, source: fx.Node) -> Refusal:
-    reason = f"it reads {source.name}, which is infinite on calibration batches; no grid holds that"
+    reason = f"it reads {source.name}, which is infinite or NaN on calibration batches; no grid holds that"
     return Refusal("unbounded-range", reader.name, reason)
 
 

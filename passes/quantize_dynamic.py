@@ -7,13 +7,12 @@ call, and costs one more look at each activation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from fxcompress.passes.quantization import weights
-from fxcompress.passes.quantization.nodes import is_quantization, matches, quantize_at_run_time
+from fxcompress.passes.quantization.nodes import is_quantization, quantize_at_run_time, skipped
 from fxcompress.passes.quantization.processor import has_vnni
 from torch import fx
 
@@ -34,7 +33,8 @@ class QuantizeDynamic(Transform):
 
     A grid holds the whole batch, so what a row gives depends, by rounding, on the rows beside it. ONNX files are
     written the way onnxruntime finds its integer kernels. A layer whose weight is quantized already is left alone.
-    Refuses, naming the layer: ``computed-weight``, ``not-float32``, ``not-finite``.
+    Refuses, naming the layer: ``computed-weight``, ``not-float32``, ``not-finite``, ``empty-weight``, and
+    ``no-integer-kernel`` (another operator than a layer that multiplies by stored weights).
 
     Attributes:
         skip: Patterns of layers to leave: qualified names of modules, or of nodes.
@@ -60,7 +60,14 @@ class QuantizeDynamic(Transform):
         root, refusals = program.graph_module, list[Refusal]()
         grids: dict[fx.Node, fx.Node] = {}
         layers = 0
-        for call in list(_linear_layers(root, self.skip)):
+        kept = skipped(program.nodes, self.skip)
+        for node in list(program.nodes):
+            call = operation(root, node)  # looked up here: the layer before it may just have been replaced
+            if call is None or node in kept or _is_quantized(call):
+                continue
+            if call.overload is not aten.linear.default:
+                refusals += weights.other_products(call)
+                continue
             objection = weights.objection(call)
             if objection is not None:
                 code, reason = objection
@@ -83,12 +90,6 @@ class QuantizeDynamic(Transform):
         reader.update_arg(argument_names(call.overload).index("input"), grids[source])
 
 
-def _linear_layers(root: fx.GraphModule, skip: tuple[str, ...]) -> Iterator[Operation]:
-    """Calls of linear layers that nothing has quantized yet."""
-    for node in root.graph.nodes:
-        call = operation(root, node)
-        if call is None or call.overload is not aten.linear.default or matches(node, skip):
-            continue
-        weight = call.operands.get("weight")
-        if weight is None or not is_quantization(weight):
-            yield call
+def _is_quantized(call: Operation) -> bool:
+    weight = call.operands.get("weight")
+    return weight is not None and is_quantization(weight)

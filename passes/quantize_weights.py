@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from fxcompress.passes.quantization import weights
 from fxcompress.passes.quantization.grid import SMALLEST
-from fxcompress.passes.quantization.nodes import call, is_quantization, matches, quantized
+from fxcompress.passes.quantization.nodes import call, is_quantization, quantized, skipped
 from torch import fx
 
 from fxcompress.errors import InputError
@@ -32,7 +33,9 @@ class QuantizeWeights(Transform):
 
     Weights stay trainable with Q/DQ nodes behind them; exported files hold the integers. A weight that goes through
     such nodes already is left alone. Refuses, naming the layer: ``computed-weight``, ``not-float32``, ``not-finite``,
-    ``not-a-matrix`` and ``group-size`` (a weight that groups do not divide).
+    ``empty-weight``, ``not-a-matrix``,
+    ``group-size`` (a weight that groups do not divide), and ``no-integer-kernel`` (another operator that multiplies by
+    stored weights).
 
     Attributes:
         bits: 2 to 8. ONNX and OpenVINO files pack groups of up to 4 bits; others take a byte.
@@ -57,10 +60,14 @@ class QuantizeWeights(Transform):
     def run(self, program: Program, task: Task | None) -> PassResult:
         """Counts the ``layers`` whose weights became integers."""
         root = program.graph_module
-        refusals, held, layers = [], dict[int, list[str]](), 0
+        refusals, held, layers = list[Refusal](), dict[tuple[int, int], list[str]](), 0
+        kept = skipped(program.nodes, self.skip)
         for node in list(program.nodes):
             found = operation(root, node)
-            if found is None or not _has_weight(found) or matches(node, self.skip) or _is_quantized(found):
+            if found is None or node in kept or _is_quantized(found):
+                continue
+            if not _has_weight(found):
+                refusals += weights.other_products(found)
                 continue
             refusal = next(self._objections(found), None)
             if refusal is not None:
@@ -75,6 +82,9 @@ class QuantizeWeights(Transform):
         if weight is None:
             yield Refusal("computed-weight", name, "its weight is computed in the graph; store the weight")
             return
+        if weight.numel() == 0:
+            yield Refusal("empty-weight", name, "its weight holds no numbers; eliminate the layer")
+            return
         if weight.dtype != torch.float32:
             reason = f"its weight is {weight.dtype}, and only torch.float32 becomes integers; convert the model first"
             yield Refusal("not-float32", name, reason)
@@ -86,18 +96,19 @@ class QuantizeWeights(Transform):
             reason = f"its {weight.shape[1]} inputs are no multiple of {self.group_size}; choose another group-size"
             yield Refusal("group-size", name, reason)
 
-    def _quantize(self, root: fx.GraphModule, layer: Operation, held: dict[int, list[str]]) -> None:
-        """Puts Q/DQ nodes between a weight and its reader; a weight with several readers has one set of scales."""
+    def _quantize(self, root: fx.GraphModule, layer: Operation, held: dict[tuple[int, int], list[str]]) -> None:
+        """Puts Q/DQ nodes between a weight and its reader; readers that agree on its channels share their scales."""
         reader = lowered(root, layer)
         position = argument_names(layer.overload).index("weight")
         weight: Any = reader.args[position]
         largest = 2 ** (self.bits - 1) - 1
         axis = _channel_axis(layer)
-        if id(layer["weight"]) not in held:
+        key = id(layer["weight"]), axis
+        if key not in held:
             scales = self._scales(layer["weight"].detach(), axis, largest)
             zeros = torch.zeros_like(scales, dtype=torch.int8 if self.group_size else torch.int64)
-            held[id(layer["weight"])] = list(_put(root, layer.state["weight"], {"scale": scales, "zero_point": zeros}))
-        scale, zero_point = (read_state(root, name, reader) for name in held[id(layer["weight"])])
+            held[key] = list(_put(root, layer.state["weight"], {"scale": scales, "zero_point": zeros}))
+        scale, zero_point = (read_state(root, name, reader) for name in held[key])
         with root.graph.inserting_before(reader):
             if self.group_size:
                 grid = (-largest, largest, torch.int8, self.group_size)

@@ -13,6 +13,7 @@ from fxcompress.passes.calibrated.progress import shown_batches
 from fxcompress.passes.quantization.grid import Grid, Range
 from fxcompress.passes.quantization.observers import Observer, observer_of
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from fxcompress.calibration import calibration_stream
 from fxcompress.errors import InputError
@@ -24,6 +25,7 @@ from fxcompress.tracing.untouched import seeded
 FORMAT = 1
 
 _UNBOUNDED = Range(-math.inf, math.inf)
+_EMPTY = Range(0.0, 0.0)
 _INFINITE = 2.0**100
 """Masks add values such as the lowest float32 to scores: from here on a value counts as infinite."""
 
@@ -125,7 +127,8 @@ class Ranges(Analysis[RangeReport]):
             )
         grid = Grid(self.bits, self.symmetric)
         ranges = {name: found.range(grid) for name, found in observe.found.items()}
-        return RangeReport({**ranges, **dict.fromkeys(observe.unbounded, _UNBOUNDED)}, rows, str(self))
+        unbounded = dict.fromkeys(observe.unbounded, _UNBOUNDED)
+        return RangeReport({**dict.fromkeys(observe.empty, _EMPTY), **ranges, **unbounded}, rows, str(self))
 
 
 def _rows(program: Program, leaves: list[Any]) -> int:
@@ -142,25 +145,39 @@ class _Observation(fx.Interpreter):
         self.batch = 0
         self.found: dict[str, Observer] = {}
         self.unbounded: dict[str, None] = {}
+        self.empty: dict[str, None] = {}
+        self._nan: dict[int, str] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
+        if n.op == "output":
+            self._check_outputs(value)
         if n.op not in ("get_attr", "output") and isinstance(value, torch.Tensor) and value.is_floating_point():
             self._observe(n, value)
         return value
 
     def _observe(self, node: fx.Node, value: torch.Tensor) -> None:
         if value.numel() == 0:
+            self.empty[node.name] = None
             return
         low, high = (end.item() for end in value.aminmax())
         if math.isnan(low):
-            raise InputError(
-                f"{node.name} computes NaN on calibration batch {self.batch}; check that batch, or the weights of "
-                f"the layers before {node.name}"
-            )
-        if max(-low, high) >= _INFINITE:
+            self._nan.setdefault(self.batch, node.name)
+        if not max(-low, high) < _INFINITE:  # or NaN
             self.unbounded[node.name] = None
             return
         if node.name not in self.found:
             self.found[node.name] = self._kind()
         self.found[node.name].update(value)
+
+    def _check_outputs(self, outputs: Any) -> None:
+        """A model may repair NaN on its way; what comes out of it must be numbers."""
+        first = self._nan.get(self.batch)
+        if first is None:
+            return
+        leaves = (leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point())
+        if any(bool(leaf.isnan().any()) for leaf in leaves):
+            raise InputError(
+                f"{first} computes NaN on calibration batch {self.batch}; check that batch, or the weights of the "
+                f"layers before {first}"
+            )

@@ -129,7 +129,7 @@ Built = tuple[Callable[..., Any], int]
 
 
 def _eager(module: fx.GraphModule, interface: Interface) -> Built:
-    return module.eval(), _weight_bytes(module)
+    return partial(_checked, module.eval(), interface), _weight_bytes(module)
 
 
 def _inductor(module: fx.GraphModule, interface: Interface) -> Built:
@@ -143,7 +143,13 @@ def _inductor(module: fx.GraphModule, interface: Interface) -> Built:
             f"inductor cannot compile the model: {type(error).__name__}: {reason}; "
             "install a C++ compiler such as g++, or choose another engine"
         ) from error
-    return compiled, _weight_bytes(module)
+    return partial(_checked, compiled, interface), _weight_bytes(module)
+
+
+def _checked(call: Callable[..., Any], interface: Interface, *args: Any, **kwargs: Any) -> Any:
+    """A call whose inputs are checked first, as engines that read a file need them to be."""
+    flatten_call(interface, args, kwargs)
+    return call(*args, **kwargs)
 
 
 def _weight_bytes(module: nn.Module) -> int:

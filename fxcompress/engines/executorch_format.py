@@ -66,7 +66,7 @@ def _of_tensors(interface: Interface, names: Names) -> Interface:
     )
 
 
-def write_executorch(module: nn.Module, interface: Interface, path: Path, names: Names) -> None:
+def write_executorch(module: fx.GraphModule, interface: Interface, path: Path, names: Names) -> None:
     """Writes a module that is in eval mode; what XNNPACK has no kernel for is computed by ExecuTorch's portable ones.
 
     ExecuTorch plans its memory ahead: sizes that may change can grow to four times the example's, at least to 8.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx
 from torch.utils._pytree import tree_flatten
 
 from fxcompress.engines.executorch_format import open_executorch, write_executorch
@@ -42,7 +42,7 @@ class Format:
     purpose: str
     extra: str
     packages: tuple[str, ...]
-    write: Callable[[nn.Module, Interface, Path, Names], None]
+    write: Callable[[fx.GraphModule, Interface, Path, Names], None]
     open: Callable[[Path, Names], Run]
     own_kernels: bool = True
     open_pieces: Callable[[Path, Names, Collection[str]], RunPieces] | None = None
@@ -50,7 +50,7 @@ class Format:
     unsupported: frozenset[torch.dtype] = frozenset()
 
 
-def _write_pt2(module: nn.Module, interface: Interface, path: Path, names: Names) -> None:
+def _write_pt2(module: fx.GraphModule, interface: Interface, path: Path, names: Names) -> None:
     torch.export.save(reexport(module, interface), path)
 
 
@@ -70,7 +70,7 @@ def _open_pt2(path: Path, names: Names) -> Run:
     return run
 
 
-def _write_onnxruntime(module: nn.Module, interface: Interface, path: Path, names: Names) -> None:
+def _write_onnxruntime(module: fx.GraphModule, interface: Interface, path: Path, names: Names) -> None:
     write_onnx(module, interface, path, names)
     round_biases(path)
 

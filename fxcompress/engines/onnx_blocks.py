@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import fx
 from torch.export import ExportedProgram
 
 from fxcompress.engines.integers import is_call
@@ -36,6 +37,11 @@ def block_translations(exported: ExportedProgram) -> dict[Any, Any]:
 
     operator = torch.ops.quantized_decomposed.dequantize_per_channel_group.default
     return {operator: dequantize}
+
+
+def block_sizes(module: fx.GraphModule) -> set[int]:
+    """The sizes of the blocks that weights of a quantized model have scales for."""
+    return {int(node.args[6]) for node in module.graph.nodes if is_call(node, _BLOCKED)}
 
 
 def pack_blocks(model: Any) -> None:

@@ -8,18 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx
 
 from fxcompress.engines.names import Names, Run, RunPieces, pieces_of
+from fxcompress.engines.onnx_blocks import block_sizes
 from fxcompress.engines.onnx_format import write_onnx
 from fxcompress.engines.onnx_integers import drop_zero_points
+from fxcompress.errors import ArtifactError
 from fxcompress.ir.program import Interface
 
 
-def write_openvino(module: nn.Module, interface: Interface, path: Path, names: Names) -> None:
+def write_openvino(module: fx.GraphModule, interface: Interface, path: Path, names: Names) -> None:
     """Writes a module that is in eval mode."""
     import openvino
 
+    if odd := sorted(size for size in block_sizes(module) if size % 2):
+        raise ArtifactError(
+            f"OpenVINO computes something else where {odd[0]} inputs share a scale; quantize the weights with an even "
+            "group-size, or export to ONNX"
+        )
     with tempfile.TemporaryDirectory() as folder:
         onnx_file = Path(folder) / "model.onnx"
         write_onnx(module, interface, onnx_file, names)

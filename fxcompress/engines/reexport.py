@@ -41,6 +41,9 @@ class TensorOutputs(nn.Module):
 
         @functools.wraps(model.forward)  # torch.export reads the signature, and names what it guards after it
         def forward(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-            return tuple(leaf for leaf in tree_flatten(model(*args, **kwargs))[0] if isinstance(leaf, torch.Tensor))
+            given = {id(leaf) for leaf in tree_flatten((args, kwargs))[0]}
+            leaves = (leaf for leaf in tree_flatten(model(*args, **kwargs))[0] if isinstance(leaf, torch.Tensor))
+            # A file has one name for what goes in and another for what comes out.
+            return tuple(leaf.clone() if id(leaf) in given else leaf for leaf in leaves)
 
         self.forward = forward

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -146,7 +147,8 @@ def flatten_call(interface: Interface, args: tuple[Any, ...], kwargs: dict[str, 
     """Leaves of a call in placeholder order.
 
     Raises:
-        InputError: The call's structure, or an input that is no tensor, differs from the traced one.
+        InputError: The call's structure, an input that is no tensor, or the dtype or a fixed dim of one that is,
+            differs from the traced one.
     """
     leaves, spec = tree_flatten((args, kwargs))
     if spec != interface.in_spec and len(args) <= len(interface.names):
@@ -162,14 +164,33 @@ def flatten_call(interface: Interface, args: tuple[Any, ...], kwargs: dict[str, 
             f"the call has structure {spec}, but the model was traced with {interface.in_spec} "
             f"(inputs: {', '.join(interface.names)}); call it with that structure or trace it again"
         )
-    for given, traced in zip(leaves, interface.leaves, strict=True):
-        tensors = isinstance(given, torch.Tensor), isinstance(traced, torch.Tensor)
-        if tensors[0] != tensors[1] or (not any(tensors) and given != traced):
+    for index, (given, traced) in enumerate(zip(leaves, interface.leaves, strict=True)):
+        if isinstance(given, torch.Tensor) and isinstance(traced, torch.Tensor):
+            _check_tensor(interface, index, given, traced)
+        elif isinstance(given, torch.Tensor) or isinstance(traced, torch.Tensor) or given != traced:
             raise InputError(
-                f"an input is {given!r} where the model was traced with {traced!r}, and what is no tensor is fixed: "
-                "call it with that value or trace it again"
+                f"an input is {_shown(given)} where the model was traced with {_shown(traced)}, and what is no tensor "
+                "is fixed: call it with that value or trace it again"
             )
     return leaves
+
+
+def _check_tensor(interface: Interface, index: int, given: torch.Tensor, traced: torch.Tensor) -> None:
+    free = interface.dynamic.get(index, ())
+    ranks = given.dim() == traced.dim()
+    same = ranks and all(dim in free or size == traced.shape[dim] for dim, size in enumerate(given.shape))
+    if given.dtype != traced.dtype or not same:
+        path, _ = tree_flatten_with_path((interface.args, interface.kwargs))[0][index]
+        label = _label(path, interface.names, len(interface.args))
+        shape = ", ".join("any" if dim in free else str(size) for dim, size in enumerate(traced.shape))
+        raise InputError(
+            f"input {label!r} is {_shown(given)} where the model was traced with {traced.dtype} of shape "
+            f"({shape}): convert it, or trace the model with dynamic= for dims that change"
+        )
+
+
+def _shown(value: Any) -> str:
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else reprlib.repr(value)
 
 
 def _in_signature_order(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ grid point of its choice; exported files hold the integers.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.ao.quantization.fx._decomposed  # registers the operators
 from fxcompress.passes.quantization.grid import SMALLEST, QuantizationParameters
 from torch import fx
 
+from fxcompress.errors import InputError, did_you_mean
 from fxcompress.tracing.raising import called_path
 
 QUANTIZED = "quantized_decomposed"
@@ -73,7 +74,24 @@ def call(target: Any, args: Sequence[Any]) -> fx.Node:
     return made
 
 
-def matches(node: fx.Node, patterns: Sequence[str]) -> bool:
-    """Whether a pattern names a node, or the module that it calls or comes from."""
-    names = (node.name, str(node.target) if node.op == "call_module" else called_path(node))
-    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+def skipped(nodes: Iterable[fx.Node], patterns: Sequence[str]) -> set[fx.Node]:
+    """The nodes that a pattern names: by their own name, by the module that they call or come from, or one around it.
+
+    Raises:
+        InputError: A pattern names none; near names are given.
+    """
+    found: set[fx.Node] = set()
+    names = {node: _names(node) for node in nodes} if patterns else {}
+    for pattern in patterns:
+        named = {node for node, own in names.items() if any(fnmatchcase(name, pattern) for name in own)}
+        if not named:
+            known = set().union(*names.values())
+            raise InputError(f"the pattern {pattern!r} in skip matches no layer{did_you_mean(pattern, known)}")
+        found |= named
+    return found
+
+
+def _names(node: fx.Node) -> set[str]:
+    path = str(node.target) if node.op == "call_module" else called_path(node)
+    parts = path.split(".")
+    return {node.name, *(".".join(parts[:count]) for count in range(1, len(parts) + 1) if path)}

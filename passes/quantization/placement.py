@@ -52,9 +52,10 @@ class Placement:
             call = operation(graph_module, node)
             if call is not None and node not in skipped:
                 self._calls[node] = call
+        self._integral = self._made_of_integers()
         self._wishes: dict[fx.Node, tuple[fx.Node, ...]] = {}
         for node in reversed(graph_module.graph.nodes):
-            if _is_float(node):
+            if _is_real(node):
                 self._wishes[node] = tuple(user for user in node.users if self._wants(user, node))
 
     def points(self) -> list[Point]:
@@ -81,14 +82,25 @@ class Placement:
         if named & set(self._target.reads(call.overload)):
             return self._computes(call)
         if named & set(self._target.carriers.get(call.overload, ())):
-            return self._computes(call) and self._complete(self._result(user))
+            return self._computes(call) and (user in self._integral or self._complete(self._result(user)))
         return self._passes(user)
+
+    def _made_of_integers(self) -> set[fx.Node]:
+        """What comes from layers in integers through nothing but carriers, activations, views and joins."""
+        target, found = self._target, set[fx.Node]()
+        through = {*target.carriers, *target.fused, *target.views, *target.joins}
+        for node, call in self._calls.items():
+            sources = [source for source in node.all_input_nodes if _is_real(source)]
+            carried = call.overload in through and sources and found.issuperset(sources)
+            if carried or (call.overload in target.layers and self._computes(call)):
+                found.add(node)
+        return found
 
     def _computes(self, call: Operation) -> bool:
         """Whether all that an operator reads as integers is computed; the weight of a layer becomes integers apart."""
         names = self._target.reads(call.overload) or self._target.carriers[call.overload]
         operands = [call.operands.get(name) for name in names]
-        return all(operand is not None and _is_float(operand) for operand in operands)
+        return all(operand is not None and _is_real(operand) for operand in operands)
 
     def _factors(self) -> Iterator[fx.Node]:
         """The second factors of products."""
@@ -100,7 +112,7 @@ class Placement:
     def _passes(self, node: fx.Node) -> bool:
         """Whether a node hands integers on as they are."""
         call = self._calls.get(node)
-        if call is None or not self._complete(node):
+        if call is None or not self._complete(node) or any(read.op == "get_attr" for read in node.all_input_nodes):
             return False
         return call.overload in self._target.views | self._target.joins or self._pads_convolutions(call)
 
@@ -138,7 +150,7 @@ class Placement:
             yield node
             return
         for source in node.all_input_nodes:
-            if _is_float(source):
+            if _is_real(source):
                 yield from self._origins(source)
 
     def _close(self, readers: dict[fx.Node, tuple[fx.Node, ...]], sharing: nx.Graph[fx.Node]) -> None:
@@ -148,7 +160,7 @@ class Placement:
             call = self._calls.get(node)
             if call is None or not node.users:
                 continue
-            sources = [source for source in node.all_input_nodes if _is_float(source)]
+            sources = [source for source in node.all_input_nodes if _is_real(source)]
             if not sources or not all(self._reads_integers(node, source, readers) for source in sources):
                 continue
             if call.overload in self._target.closed:
@@ -167,6 +179,6 @@ class Placement:
         return node in readers.get(source, ())
 
 
-def _is_float(node: fx.Node) -> bool:
+def _is_real(node: fx.Node) -> bool:
     value = node.meta.get("val")
-    return node.op != "get_attr" and isinstance(value, torch.Tensor) and value.is_floating_point()
+    return node.op != "get_attr" and isinstance(value, torch.Tensor) and value.dtype == torch.float32

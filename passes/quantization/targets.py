@@ -19,6 +19,7 @@ from fxcompress.errors import InputError, did_you_mean
 aten = torch.ops.aten
 
 ATTENTION = aten.scaled_dot_product_attention.default
+ATTENTION_OPERANDS = ("query", "key", "value")
 
 Operands = Mapping[OpOverload, tuple[str, ...]]
 """Operator -> names of its operands."""

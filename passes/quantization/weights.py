@@ -5,7 +5,7 @@ A channel's scale is its largest magnitude over the largest integer, but never s
 - not below ``2**-23`` of the largest scale of the weight, which is what float32 tells apart;
 - not so small that the channel's bias exceeds ``2**30`` steps of ``input scale * weight scale``: engines add it to
   32-bit accumulators. What a coarser scale loses there is at most ``2**-23`` of the bias;
-- 1 where the whole weight is zero.
+- 1 where that leaves nothing that float32 can hold: the whole weight is zero, and so is the bias.
 
 Nor may two neighbours be too large together (``pairs``): x86 processors without VNNI add the products of two
 neighbouring inputs in 16 bits, which saturate at 32767. Inputs are at most 255, so the integers of neighbours with one
@@ -16,13 +16,24 @@ sums cost far more.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
+from fxcompress.passes.quantization.grid import SMALLEST
 from fxcompress.passes.quantization.nodes import call, quantized
 from torch import fx
 
+from fxcompress.ir import macs
 from fxcompress.ir.lowering import read_state
 from fxcompress.ir.ops import Operation, argument_names, free_name, set_state
-from fxcompress.ir.weighted import WeightedLayer
+from fxcompress.ir.weighted import WeightedLayer, weighted_layer
+from fxcompress.pass_base import Refusal
+
+STORED_MATRIX = "it multiplies by a matrix of the model's state; canonicalize-linear writes it as a linear layer"
+"""Why such a product is refused."""
+
+_FACTORS = ("mat2", "other")
+"""What the second factor of a product is called."""
 
 _BIAS_STEPS = 2.0**30
 _RELATIVE = 2.0**-23
@@ -45,15 +56,12 @@ def channel_scales(layer: WeightedLayer, input_scale: float, bits: int = 8, pair
     scales = rows.abs().amax(1) / largest
     if pairs:
         scales = scales.maximum(_pair_sums(layer, weight) / _PAIR)
-    whole = float(scales.max())
-    if whole == 0:
-        return torch.ones(len(scales), dtype=torch.float32, device=weight.device)
     bias = layer.operation.parameter("bias")
     if bias is not None and input_scale > 0:
         steps = bias.detach().double().abs().reshape(-1, len(scales)).amax(0)
         scales = scales.maximum(steps / (input_scale * _BIAS_STEPS))
-    usable: torch.Tensor = scales.clamp(min=whole * _RELATIVE).float()
-    return usable
+    usable = scales.clamp(min=float(scales.max()) * _RELATIVE).float()
+    return torch.where(usable < SMALLEST, 1.0, usable)
 
 
 def _pair_sums(layer: WeightedLayer, weight: torch.Tensor) -> torch.Tensor:
@@ -71,6 +79,8 @@ def objection(call: Operation) -> tuple[str, str] | None:
     weight, bias = call.parameter("weight"), call.parameter("bias")
     if weight is None:
         return "computed-weight", "its weight is computed in the graph; store the weight"
+    if weight.numel() == 0:
+        return "empty-weight", "its weight holds no numbers; take the layer out of the model"
     if weight.dtype != torch.float32:
         dtype = f"its weight is {weight.dtype}, and only torch.float32 becomes integers; convert the model first"
         return "not-float32", dtype
@@ -78,6 +88,22 @@ def objection(call: Operation) -> tuple[str, str] | None:
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
             return "not-finite", f"its {name} holds NaN or Inf; repair the model"
     return None
+
+
+def multiplies_stored_matrix(call: Operation) -> bool:
+    """Whether an operation is a product with a matrix of the model's state, as ``canonicalize-linear`` looks for."""
+    return any(name in call.state and call[name].dim() == 2 for name in _FACTORS)
+
+
+def other_products(call: Operation) -> Iterator[Refusal]:
+    """A refusal, if an operation is no layer and yet multiplies by stored weights."""
+    if call.overload not in macs.RULES or weighted_layer(call) is not None:
+        return
+    if multiplies_stored_matrix(call):
+        yield Refusal("constant-operand", call.node.name, STORED_MATRIX)
+    elif any(node.op == "get_attr" and node.meta["val"].dim() > 1 for node in call.node.all_input_nodes):
+        reason = f"only the weights of layers become integers, and {call.overload} is none; they stay as they are"
+        yield Refusal("no-integer-kernel", call.node.name, reason)
 
 
 def channel_axis(layer: WeightedLayer) -> int:

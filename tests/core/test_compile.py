@@ -71,6 +71,14 @@ def test_emitted_and_other_modules_are_taken(program, model):
         torch.testing.assert_close(fast(x=x, scale=scale)["all"][1], expected)
 
 
+@pytest.mark.parametrize("engine", ["eager", "onnxruntime", "openvino"])
+def test_an_input_that_does_not_fit_is_named(program, engine):
+    fast = fxc.compile(program, engine)
+    for scale in (torch.rand(5, 4).double(), torch.rand(5, 3), torch.rand(4)):
+        with pytest.raises(fxc.InputError, match=r"input 'scale' is .* where the model was traced with .*\(any, 4\)"):
+            fast(torch.randn(5, 6), scale)
+
+
 def test_a_module_without_inputs_and_an_unknown_engine(model, program):
     with pytest.raises(fxc.InputError, match="this TwoWays carries no example inputs; pass example_inputs"):
         fxc.compile(model, "eager")

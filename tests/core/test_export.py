@@ -162,6 +162,15 @@ def test_structured_inputs_and_outputs_get_readable_names(tmp_path):
     assert [value.name for value in graph.output] == ["logits", "best_0", "best_1"]
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_an_output_that_is_an_input(suffix, tmp_path):
+    class Passes(nn.Module):
+        def forward(self, x, mask):
+            return x * mask, mask, x
+
+    fxc.export(fxc.trace(Passes(), (torch.randn(2, 4), torch.rand(2, 4))), tmp_path / f"m{suffix}")
+
+
 def test_openvino_weights_stay_in_full_precision(plain, tmp_path):
     fxc.export(plain, tmp_path / "m.xml")
     model = openvino.Core().read_model(tmp_path / "m.xml")

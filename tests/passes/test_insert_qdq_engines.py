@@ -4,8 +4,9 @@ import pytest
 import torch
 from fxcompress.passes.insert_qdq import InsertQdq
 from models import BERT_INPUTS, residual_net, small_bert, small_vit
+from torch import nn
 
-from fxcompress import InputError, PassManager, Task, trace
+from fxcompress import InputError, PassManager, Task, export, trace
 from fxcompress.engines.executed import executed_layers, integer_share
 from fxcompress.engines.export import tensor_names
 from fxcompress.engines.formats import format_of
@@ -84,3 +85,42 @@ def test_other_files_have_no_executed_graph(tmp_path):
 
 def test_no_layer_is_all_of_none():
     assert integer_share(()) == 1
+
+
+class ClassToken(nn.Module):
+    """A stored token on either side of the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.token, self.head = nn.Parameter(torch.randn(1, 1, 8)), nn.Linear(8, 8)
+
+    def forward(self, x):
+        token = self.token.expand(x.shape[0], -1, -1)
+        return self.head(torch.cat([token, x, token], 1))
+
+
+def class_token():
+    x = torch.randn(8, 6, 8, generator=torch.Generator().manual_seed(1))
+    return with_biases(ClassToken()), x, None, [x]
+
+
+@pytest.mark.parametrize("target", ENGINES)
+def test_what_is_joined_with_state_is_integers_as_a_whole(target, tmp_path):
+    done = quantized(class_token, target)
+    assert done.records[0].result.statistics["layers"] == 1
+    file = written(done.program, tmp_path / f"m.{ENGINES[target]}")
+    assert [layer.integer for layer in executed_layers(file)] == [True]
+
+
+def zero_heads():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(144, 3))
+    for layer in (model[2], model[4]):
+        nn.init.zeros_(layer.weight)
+    return with_biases(model), images(8, 8), None, [images(8, 8)]
+
+
+@pytest.mark.parametrize("target", ENGINES)
+def test_layers_that_are_zero_keep_their_biases(target, tmp_path):
+    done = quantized(zero_heads, target, weight_bits=7)
+    assert done.records[0].comparison.sqnr_db > 80
+    export(done.program, tmp_path / f"m.{ENGINES[target]}")

@@ -124,7 +124,7 @@ def test_a_weight_that_makes_nan_is_named():
 def test_a_range_that_is_infinite():
     _, result = run(Between(Masked()), 8, 4)
     assert refused(result) == [("unbounded-range", "last")]
-    assert "which is infinite on calibration batches" in result.refusals[0].reason
+    assert "which is infinite or NaN on calibration batches" in result.refusals[0].reason
 
 
 @pytest.mark.parametrize("factor", [0.0, 1e-42])
@@ -136,3 +136,78 @@ def test_activations_that_are_constant_or_underflow(factor):
     program, result = run(Between(Scaled()), 8, 4)
     assert result.refusals == ()
     assert torch.isfinite(program(torch.randn(2, 4))).all()
+
+
+class Repaired(nn.Module):
+    """Rows that are masked as a whole, which attention makes NaN of, and 0 of that."""
+
+    def forward(self, x):
+        return x.masked_fill(x[:, :1] > 0, -torch.inf).softmax(-1).nan_to_num()
+
+
+def test_nan_that_the_model_repairs_itself():
+    program, result = run(Between(Repaired()), 8, 4)
+    assert result.refusals == ()
+    assert result.statistics["layers"] == 2
+    assert torch.isfinite(program(torch.randn(2, 4))).all()
+
+
+class Attends(nn.Module):
+    def forward(self, x):
+        x = x.unsqueeze(1)
+        return nn.functional.scaled_dot_product_attention(x, x, x).squeeze(1)
+
+
+class Squares(nn.Module):
+    def forward(self, x):
+        return torch.matmul(x.unsqueeze(2), x.unsqueeze(1)).flatten(1)
+
+
+@pytest.mark.parametrize("target", ["openvino", "onnxruntime", "x86", "executorch"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize("model", [Attends, Squares])
+def test_products_of_another_dtype(model, dtype, target):
+    task = Task(calibration=[batch.to(dtype) for batch in data(8, 4)])
+    before = trace(model(), torch.randn(2, 4, dtype=dtype))
+    record = PassManager([InsertQdq(target=target, vnni=True)]).run(before, task).records[0]
+    (refusal,) = record.result.refusals
+    no_kernel = target == "executorch"
+    assert refusal.code == ("no-integer-kernel" if no_kernel else "not-float32")
+    assert no_kernel or str(dtype) in refusal.reason
+    assert record.result.statistics == {"layers": 0, "activations": 0}
+
+
+@pytest.mark.parametrize("first", ["quantize-weights", "quantize-dynamic", "insert-qdq{vnni=true}"])
+def test_a_model_that_is_quantized_already(first):
+    task = Task(calibration=data(8, 4))
+    program = PassManager(first).run(trace(Between(nn.ReLU()).eval(), torch.randn(2, 4)), task).program
+    record = PassManager([InsertQdq(vnni=True)]).run(program, task).records[0]
+    assert [refusal.code for refusal in record.result.refusals] == ["already-quantized"]
+    assert not record.changed
+
+
+def test_a_layer_without_weights():
+    _, result = run(Between(nn.Sequential(nn.Linear(4, 0), nn.Linear(0, 4))), 8, 4)
+    assert refused(result) == [("empty-weight", "middle_0"), ("empty-weight", "middle_1")]
+    assert result.statistics["layers"] == 2
+
+
+def test_a_concatenation_of_nothing():
+    class Nothing(nn.Module):
+        def forward(self, x):
+            return torch.cat([x[:, :0], x], 1)
+
+    _, result = run(Between(Nothing()), 8, 4)
+    assert result.statistics["layers"] == 2
+
+
+@pytest.mark.parametrize("passes", ["insert-qdq", "quantize-weights", "quantize-dynamic", "cast"])
+def test_a_pattern_that_names_nothing(passes):
+    program = trace(Between(nn.ReLU()).eval(), torch.randn(2, 4))
+    with pytest.raises(InputError, match=r"the pattern 'lost' in skip matches no layer; did you mean.* 'last'"):
+        PassManager(f"{passes}{{skip=[lost]}}").run(program, Task(calibration=data(8, 4)))
+
+
+def test_a_pattern_that_names_a_module_around_layers():
+    _, result = run(Between(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))), 8, 4, skip=("middle",))
+    assert result.statistics["layers"] == 2

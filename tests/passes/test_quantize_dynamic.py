@@ -58,6 +58,13 @@ def test_readers_of_one_value_share_its_grid():
     assert record.result.statistics == {"layers": 2, "activations": 1}
 
 
+def test_one_layer_right_behind_another():
+    model = nn.Sequential(nn.Linear(16, 4), nn.Linear(4, 16), nn.Linear(16, 5)).eval()
+    program, record = quantized(model)
+    assert record.result.statistics == {"layers": 3, "activations": 3}
+    assert (program(rows()) - model(rows())).abs().max() < 0.05 * model(rows()).abs().max()
+
+
 def test_shared_weights_stay_shared():
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)).eval()
     model[2].weight = model[0].weight
@@ -90,9 +97,26 @@ class Computed(nn.Module):
         return nn.functional.linear(x, self.held.tanh())
 
 
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.GRU(16, 8, batch_first=True)
+
+    def forward(self, x):
+        return self.cell(x)[0]
+
+
+class Stored(Computed):
+    def forward(self, x):
+        return x @ self.held.T[:, :4] @ self.held
+
+
 @pytest.mark.parametrize(
     ("model", "x", "code"),
     [
+        (Recurrent().eval(), torch.randn(2, 3, 16), "no-integer-kernel"),
+        (Stored().eval(), rows(), "constant-operand"),
+        (nn.Sequential(nn.Linear(16, 0)).eval(), rows(), "empty-weight"),
         (Computed().eval(), rows(), "computed-weight"),
         (nn.Sequential(nn.Linear(16, 4)).double().eval(), rows().double(), "not-float32"),
     ],

@@ -65,11 +65,51 @@ def test_a_tied_weight_has_one_set_of_scales_and_weights_stay_trainable():
     assert {"embed.weight", "first.weight"} <= set(dict(after.emit().named_parameters()))
 
 
+def test_a_weight_that_is_tied_to_a_transposed_convolution_has_scales_for_both():
+    class There(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(6, 3, 3, 3) * torch.logspace(-2, 0, 6).view(-1, 1, 1, 1))
+
+        def forward(self, x):
+            return nn.functional.conv_transpose2d(nn.functional.conv2d(x, self.weight), self.weight)
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8)
+    after, result = run_pass(QuantizeWeights(), trace(There().eval(), x))
+    assert result.statistics == {"layers": 2}
+    scales = [node.args[1] for node in after.nodes if node.name.startswith("quantize")]
+    weight = after.graph_module.weight
+    for scale, axis in zip(scales, (0, 1), strict=True):
+        held = after.graph_module.get_buffer(str(scale.target))
+        torch.testing.assert_close(held, weight.transpose(0, axis).flatten(1).abs().amax(1).detach() / 127)
+
+
 def test_twice_is_once():
     once, _ = run_pass(QuantizeWeights(), words())
     twice, result = run_pass(QuantizeWeights(), once)
     assert not result.changed
     assert twice.text() == once.text()
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell, self.bilinear = nn.GRU(16, 8, batch_first=True), nn.Parameter(torch.randn(8, 4))
+
+    def forward(self, x):
+        return self.cell(x)[0] @ self.bilinear
+
+
+def test_weights_of_what_is_no_layer_and_layers_without_weights():
+    _, result = run_pass(QuantizeWeights(), trace(Recurrent().eval(), torch.randn(2, 3, 16)))
+    assert [(refusal.code, refusal.node) for refusal in result.refusals] == [
+        ("no-integer-kernel", "gru"),
+        ("constant-operand", "matmul"),
+    ]
+    _, result = run_pass(QuantizeWeights(), trace(nn.Sequential(nn.Linear(4, 0)).eval(), torch.randn(2, 4)))
+    assert [refusal.code for refusal in result.refusals] == ["empty-weight"]
+    assert not result.changed
 
 
 def test_refusals():

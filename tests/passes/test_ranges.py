@@ -135,6 +135,16 @@ def test_nan_names_the_node_and_the_batch():
         analyze(net, "ranges", Task(calibration=batches()))
 
 
+def test_nan_that_does_not_come_out_is_no_error():
+    class Mends(nn.Module):
+        def forward(self, x):
+            return x.sqrt().nan_to_num()
+
+    report = analyze(trace(Mends(), torch.rand(2, 6)), "ranges", Task(calibration=batches()))
+    assert not report.ranges["sqrt"].finite
+    assert report.ranges["nan_to_num"].finite
+
+
 def test_no_data_too_little_and_the_wrong_structure():
     with pytest.raises(InputError, match="ranges needs calibration batches: give task="):
         analyze(program(), "ranges")
@@ -144,6 +154,10 @@ def test_no_data_too_little_and_the_wrong_structure():
     with pytest.raises(InputError) as wrong:
         analyze(program(), "ranges", Task(calibration=[*batches(), {"y": torch.randn(2, 6)}]))
     assert "calibration batch 4, read by ranges" in wrong.value.__notes__
+    for bad in (batches(1, 8)[0].double(), torch.randn(6), torch.randn(2, 5)):
+        with pytest.raises(InputError, match=r"input '.*' is .* where the model was traced with .*\(any, 6\)") as wrong:
+            analyze(program(), "ranges", Task(calibration=[*batches(), bad]))
+        assert "calibration batch 4, read by ranges" in wrong.value.__notes__
     with pytest.raises(InputError, match="no observer 'minmex'; did you mean 'minmax'"):
         analyze(program(), "ranges{observer=minmex}")
 
