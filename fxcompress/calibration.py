@@ -37,7 +37,7 @@ def calibration_stream(program: Program, task: Task | None, reader: str, count: 
     for index, batch in enumerate(itertools.islice(task.calibration, count)):
         args, kwargs = split_call(task.model_inputs(batch))
         try:
-            leaves = program.flatten_inputs(args, kwargs)
+            leaves = program.flatten_batch(args, kwargs)
         except InputError as error:
             error.add_note(f"calibration batch {index}, read by {reader}")
             raise

@@ -111,18 +111,12 @@ class Equalize(Transform):
         found = {side.value: Seen.nothing(len(side.keys)) for side in sides}
         dims = {side.value: side.dim for side in sides}
         observer = _Observer(program.graph_module, found, dims)
-        like = program.interface.leaves
         batches = calibration_stream(program, task, self.name, self.batches)
         for index, leaves in enumerate(shown_batches(batches, self.name)):
             observer.batch = index
             with torch.no_grad(), seeded():
-                observer.run(*(_as(leaf, example) for leaf, example in zip(leaves, like, strict=True)))
+                observer.run(*leaves)
         return found
-
-
-def _as(leaf: Any, example: Any) -> Any:
-    """A calibration input in the precision of the Program, which is checked in float64 too."""
-    return leaf.to(example.dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
 
 
 class _Observer(fx.Interpreter):

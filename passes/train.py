@@ -126,7 +126,7 @@ class _Student:
 
     def _outputs(self, batch: Any) -> Any:
         args, kwargs = split_call(self._task.model_inputs(batch))
-        leaves = self._program.flatten_inputs(args, kwargs)
+        leaves = self._program.flatten_batch(args, kwargs)
         return tree_unflatten(list(StraightThrough(self._module).run(*leaves)), self._program.interface.out_spec)
 
     def successors(self) -> Iterator[tuple[int, torch.Tensor]]:

@@ -131,10 +131,16 @@ class Program:
         return tree_unflatten(list(self.graph_module(*leaves)), self.interface.out_spec)
 
     def flatten_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """The leaves of a call, in placeholder order; raises :class:`InputError` if the structure differs."""
+        """The leaves of a call, in placeholder order; raises :class:`InputError` if they do not fit."""
         from fxcompress.tracing.inputs import flatten_call
 
         return flatten_call(self.interface, args, kwargs)
+
+    def flatten_batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """As :meth:`flatten_inputs`, with real numbers in the precision of the example inputs."""
+        from fxcompress.tracing.inputs import flatten_batch
+
+        return flatten_batch(self.interface, args, kwargs)
 
     def copy(self) -> Program:
         """A Program with a graph and module shells of its own that shares every tensor with this one.

@@ -150,6 +150,30 @@ def flatten_call(interface: Interface, args: tuple[Any, ...], kwargs: dict[str, 
         InputError: The call's structure, an input that is no tensor, or the dtype or a fixed dim of one that is,
             differs from the traced one.
     """
+    leaves = _flat(interface, args, kwargs)
+    _check_leaves(interface, leaves)
+    return leaves
+
+
+def flatten_batch(interface: Interface, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Leaves of a call in placeholder order, real numbers in the precision of the traced ones.
+
+    Raises:
+        InputError: As for :func:`flatten_call`.
+    """
+    leaves = [
+        given.to(traced.dtype) if _is_real(given) and _is_real(traced) else given
+        for given, traced in zip(_flat(interface, args, kwargs), interface.leaves, strict=True)
+    ]
+    _check_leaves(interface, leaves)
+    return leaves
+
+
+def _is_real(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+
+
+def _flat(interface: Interface, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     leaves, spec = tree_flatten((args, kwargs))
     if spec != interface.in_spec and len(args) <= len(interface.names):
         by_name = dict(zip(interface.names, args, strict=False)) | kwargs
@@ -164,6 +188,10 @@ def flatten_call(interface: Interface, args: tuple[Any, ...], kwargs: dict[str, 
             f"the call has structure {spec}, but the model was traced with {interface.in_spec} "
             f"(inputs: {', '.join(interface.names)}); call it with that structure or trace it again"
         )
+    return leaves
+
+
+def _check_leaves(interface: Interface, leaves: list[Any]) -> None:
     for index, (given, traced) in enumerate(zip(leaves, interface.leaves, strict=True)):
         if isinstance(given, torch.Tensor) and isinstance(traced, torch.Tensor):
             _check_tensor(interface, index, given, traced)
@@ -172,7 +200,6 @@ def flatten_call(interface: Interface, args: tuple[Any, ...], kwargs: dict[str, 
                 f"an input is {_shown(given)} where the model was traced with {_shown(traced)}, and what is no tensor "
                 "is fixed: call it with that value or trace it again"
             )
-    return leaves
 
 
 def _check_tensor(interface: Interface, index: int, given: torch.Tensor, traced: torch.Tensor) -> None:

@@ -154,7 +154,9 @@ def test_no_data_too_little_and_the_wrong_structure():
     with pytest.raises(InputError) as wrong:
         analyze(program(), "ranges", Task(calibration=[*batches(), {"y": torch.randn(2, 6)}]))
     assert "calibration batch 4, read by ranges" in wrong.value.__notes__
-    for bad in (batches(1, 8)[0].double(), torch.randn(6), torch.randn(2, 5)):
+    doubled = analyze(program(), "ranges", Task(calibration=[batch.double() for batch in batches()]))
+    assert doubled.ranges == analyze(program(), "ranges", Task(calibration=batches())).ranges
+    for bad in (torch.ones(2, 6, dtype=torch.uint8), torch.randn(6), torch.randn(2, 5)):
         with pytest.raises(InputError, match=r"input '.*' is .* where the model was traced with .*\(any, 6\)") as wrong:
             analyze(program(), "ranges", Task(calibration=[*batches(), bad]))
         assert "calibration batch 4, read by ranges" in wrong.value.__notes__

@@ -57,7 +57,7 @@ def observed_inputs(evidence: Evidence, name: str, program: Program) -> Iterator
         raise missing(name, "batches", "task=fxcompress.Task(calibration=[...])")
     for batch in batches(evidence, name, given):
         args, kwargs = call_of(evidence, batch)
-        yield program.flatten_inputs(args, kwargs)
+        yield program.flatten_batch(args, kwargs)
 
 
 def call_of(evidence: Evidence, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
