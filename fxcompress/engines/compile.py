@@ -14,11 +14,12 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from fxcompress.engines import inductor
 from fxcompress.engines.export import export, tensor_names
 from fxcompress.engines.formats import FORMATS
 from fxcompress.engines.latency import measure
 from fxcompress.engines.names import Run
-from fxcompress.errors import ArtifactError, FxCompressError, InputError, did_you_mean
+from fxcompress.errors import FxCompressError, InputError, did_you_mean
 from fxcompress.ir.emit import INTERFACE
 from fxcompress.ir.program import Interface, Program
 from fxcompress.tracing import trace
@@ -61,8 +62,9 @@ def compile(
 
     Args:
         model: A Program, a module that a Program emitted, or any other module with its example inputs. The result keeps
-            its weights of now (``eager`` and ``inductor`` share them).
+            its weights of now (``eager`` and ``inductor`` share them, unless the latter runs a quantized model).
         engine: ``eager``, ``inductor``, ``onnxruntime``, ``openvino`` or ``executorch``; the last three run on the CPU.
+            ``inductor`` runs what ``insert-qdq{target=x86}`` made in integers, for which it needs torchao.
             ``auto`` measures all but ``inductor``, which may compile for minutes, and ``executorch``, whose dynamic
             dims have bounds (see :func:`fxcompress.export`), on the example inputs and takes the fastest of those that
             compute what the model computes.
@@ -133,17 +135,7 @@ def _eager(module: fx.GraphModule, interface: Interface) -> Built:
 
 
 def _inductor(module: fx.GraphModule, interface: Interface) -> Built:
-    compiled = torch.compile(module.eval(), backend="inductor")
-    try:
-        with torch.no_grad():
-            compiled(*interface.args, **interface.kwargs)
-    except Exception as error:  # those of dynamo, inductor and the C++ compiler share no base class
-        reason = str(error).strip().partition("\n")[0]
-        raise ArtifactError(
-            f"inductor cannot compile the model: {type(error).__name__}: {reason}; "
-            "install a C++ compiler such as g++, or choose another engine"
-        ) from error
-    return partial(_checked, compiled, interface), _weight_bytes(module)
+    return partial(_checked, inductor.compiled(module.eval(), interface), interface), _weight_bytes(module)
 
 
 def _checked(call: Callable[..., Any], interface: Interface, *args: Any, **kwargs: Any) -> Any:

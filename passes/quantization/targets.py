@@ -32,6 +32,7 @@ CONVOLUTIONS = (
     aten.conv3d.default,
     aten.conv3d.padding,
 )
+VOLUMES = frozenset({aten.conv3d.default, aten.conv3d.padding})
 TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
 LAYERS: Operands = {
     **dict.fromkeys(CONVOLUTIONS, ("input",)),
@@ -147,13 +148,14 @@ TARGETS: Mapping[str, Target] = {
         factor=_SYMMETRIC,
         flattens_rows=True,
     ),
-    "x86": Target(  # PT2E with inductor: int8 kernels of oneDNN, found by torch.compile with freezing
-        layers=LAYERS,
-        products=PRODUCTS,
-        carriers={**ELEMENTWISE, **AVERAGES},
+    "x86": Target(  # Inductor looks for integers right before a layer, and computes the rest in code of its own
+        layers={overload: names for overload, names in LAYERS.items() if overload not in VOLUMES},
+        products={},
+        carriers={},
         fused=CLAMPS,
-        views=VIEWS,
-        joins=_CAT,
+        views=frozenset(),
+        joins=frozenset(),
+        splits_attention=False,
     ),
     "executorch": Target(  # XNNPACK: signed affine activations, every kernel from integers to integers
         layers=LAYERS,

@@ -1,4 +1,5 @@
 import importlib
+import shutil
 import sys
 import time
 
@@ -9,6 +10,7 @@ from torch import nn
 from toys import toy_program
 
 import fxcompress as fxc
+from fxcompress.engines import inductor
 from fxcompress.engines.bench import bench
 from fxcompress.engines.latency import Latency
 
@@ -61,6 +63,53 @@ def test_inductor_shares_the_signature(program, model, monkeypatch):
     x, scale = torch.randn(5, 6), torch.rand(5, 4)
     torch.testing.assert_close(fxc.compile(program, "inductor")(x=x, scale=scale)["sum"], model(x, scale)["sum"])
     assert backends == ["inductor"]
+
+
+def convolutional():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(),
+                          nn.Linear(72, 5)).eval()  # fmt: skip
+    batches = list(torch.randn(4, 4, 3, 12, 12, generator=torch.Generator().manual_seed(1)))
+    program = fxc.trace(model, batches[0])
+    done = fxc.PassManager("insert-qdq{target=x86}").run(program, fxc.Task(calibration=batches))
+    assert done.records[0].statistics["layers"] == 3
+    return done.program, batches[0]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+@pytest.mark.parametrize("package", [needs("torchao", "torchao")])
+def test_inductor_runs_quantized_layers_in_integers(package):
+    program, x = convolutional()
+    counters = importlib.import_module("torch._dynamo.utils").counters
+    counters.clear()
+    fast = fxc.compile(program, "inductor")
+    found = counters["inductor"]
+    assert found["qconv_unary_lower_count"] + found["qlinear_unary_lower_count"] == 3
+    for given in (x, torch.cat([x, x])[:7]):
+        expected = program(given)
+        noise = (fast(given) - expected).square().sum() / expected.square().sum()
+        assert noise < 1e-3
+
+
+def test_inductor_needs_torchao_for_a_quantized_model(monkeypatch):
+    monkeypatch.setitem(sys.modules, inductor._PATTERNS, None)
+    with pytest.raises(fxc.MissingExtraError, match=r'pip install "fxcompress\[inductor\]"'):
+        fxc.compile(convolutional()[0], "inductor")
+
+
+def test_inductor_is_checked(program, model, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda module, *, backend: lambda **kwargs: {
+        "sum": module(**kwargs)["sum"] * 1.01, "all": module(**kwargs)["all"]
+    })  # fmt: skip
+    with pytest.raises(fxc.VerificationError, match=r"what inductor compiled differs from the model by 1.0\de-02"):
+        fxc.compile(program, "inductor")
+
+    def broken(module, *, backend):
+        raise RuntimeError("no compiler\nand more")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(fxc.ArtifactError, match="inductor cannot compile the model: RuntimeError: no compiler; in"):
+        fxc.compile(program, "inductor")
 
 
 def test_emitted_and_other_modules_are_taken(program, model):
