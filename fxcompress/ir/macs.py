@@ -138,5 +138,11 @@ def _recurrent_packed(call: ShapedCall) -> int:
     return rows * _matrices(call["params"])
 
 
+@counts(aten.lstm_cell.default, aten.gru_cell.default, aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default)
+def _recurrent_cell(call: ShapedCall) -> int:
+    """Both weight matrices are applied once a row."""
+    return _product(call["input"][:-1]) * _matrices([call["w_ih"], call["w_hh"]])
+
+
 def _matrices(shapes: Sequence[Shape]) -> int:
     return sum(_product(shape) for shape in shapes if len(shape) == 2)

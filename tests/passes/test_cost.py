@@ -103,6 +103,29 @@ def test_addmm_counts_its_product_alone():
     assert report.macs == 3 * 4 * 5
 
 
+@pytest.mark.parametrize(("cell", "gates"), [(nn.LSTMCell, 4), (nn.GRUCell, 3), (nn.RNNCell, 1)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_recurrent_cell_applies_both_matrices_at_each_step(cell, gates, bias):
+    class Steps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = cell(4, 6, bias=bias)
+
+        def forward(self, x):
+            state = self.cell(x[:, 0])
+            return self.cell(x[:, 1], state)
+
+    report = cost_of(Steps(), torch.randn(2, 2, 4))
+
+    assert report.macs == 2 * gates * (6 * 4 + 6 * 6)
+
+
+def test_a_recurrent_cell_counts_every_row():
+    report = cost_of(nn.RNNCell(4, 6, nonlinearity="relu"), torch.randn(3, 4), batch_dim=None)
+
+    assert report.macs == 3 * (6 * 4 + 6 * 6)
+
+
 def test_resnet50_has_the_published_cost():
     torchvision = pytest.importorskip("torchvision")
     with torch.device("meta"):
