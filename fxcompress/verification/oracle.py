@@ -306,6 +306,7 @@ _refill(-math.inf, aten.softmax.int, aten._softmax.default, aten._safe_softmax.d
         aten.max.dim)  # fmt: skip
 _refill(math.inf, aten.amin.default, aten.min.default, aten.min.dim)
 _refill(1, aten.prod.default, aten.prod.dim_int, aten.all.default, aten.all.dim, aten.all.dims)
+_refill(math.nan, aten.nanmean.default)
 
 
 @_rule(aten.aminmax.default)
@@ -314,7 +315,7 @@ def _least_and_largest(masked: _Masked) -> Any:
     return None if low is None or high is None else (masked.again(low)[0], masked.again(high)[1])
 
 
-@_rule(aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim, aten.norm.Scalar)
+@_rule(aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim, aten.norm.Scalar, aten.linalg_norm.default)
 def _norm(masked: _Masked) -> Any:
     """Zeros do not count, but in norms of negative order."""
     order = masked.call.arguments.get("ord", masked.call.arguments.get("p"))

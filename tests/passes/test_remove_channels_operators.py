@@ -88,6 +88,112 @@ def test_the_place_of_an_extreme_is_a_number_that_keeps_channels():
     assert shapes(after) == {"stem": (4, 6), "other": (8, 6), "head": (2, 4)}
 
 
+def turned(times):
+    return lambda m, x: torch.rot90(x.unflatten(1, (1, 4)), times, (1, 2)).flatten(1, 2)
+
+
+def unpooled(pool, unpool, dims):
+    def forward(m, x):
+        places = x.transpose(1, 2).unflatten(-1, (4,) + (1,) * (dims - 1))
+        return unpool(*pool(places, (2,) + (1,) * (dims - 1)), (2,) + (1,) * (dims - 1)).flatten(2).transpose(1, 2)
+
+    return forward
+
+
+def unpooled_by_places_of_another(m, x):
+    values, places = F.max_pool1d(x.transpose(1, 2), 2, return_indices=True)
+    return F.max_unpool1d(m.other(values.transpose(1, 2)).transpose(1, 2), places, 2).transpose(1, 2)
+
+
+def filled_in_part(m, x):
+    """All channels of the first two tokens become a constant."""
+    x = x * 1
+    x[:, :2] = 0.5
+    return x
+
+
+def scaled_by(total):
+    return lambda m, x: x * total(x)
+
+
+PASSED_ON = {
+    "fill of some places": filled_in_part,
+    "fill with a tensor": lambda m, x: x + torch.ops.aten.fill.Tensor(x, m.one[0]),
+    "max_unpool1d": unpooled(functools.partial(F.max_pool1d, return_indices=True), F.max_unpool1d, 1),
+    "max_unpool2d": unpooled(functools.partial(F.max_pool2d, return_indices=True), F.max_unpool2d, 2),
+    "max_unpool3d": unpooled(functools.partial(F.max_pool3d, return_indices=True), F.max_unpool3d, 3),
+    "max_unpool of other values": unpooled_by_places_of_another,
+    "rot90": turned(1),
+    "rot90 by a half turn": turned(2),
+    "logcumsumexp": lambda m, x: x.logcumsumexp(1),
+    "cummax": lambda m, x: x.cummax(1)[0],
+    "cummin": lambda m, x: x.cummin(1)[0],
+    "renorm of tokens": lambda m, x: torch.renorm(x, 2, 1, 0.1),
+    "renorm of channels": lambda m, x: torch.renorm(x, 2, -1, 0.1),
+    "nansum": scaled_by(lambda x: x.nansum(-1, keepdim=True)),
+    "nanmean": scaled_by(lambda x: x.nanmean(-1, keepdim=True)),
+    "nanmean of tokens": scaled_by(lambda x: x.nanmean(1, keepdim=True)),
+    "count_nonzero": scaled_by(lambda x: x.relu().count_nonzero(-1)[..., None]),
+    "count_nonzero of tokens and channels": scaled_by(lambda x: x.relu().count_nonzero((1, 2))[:, None, None]),
+    "linalg.norm": scaled_by(lambda x: torch.linalg.norm(x, dim=-1, keepdim=True)),
+    "linalg.norm of negative order": scaled_by(lambda x: torch.linalg.norm(x, -1, dim=-1, keepdim=True)),
+    "linalg.norm by name": scaled_by(lambda x: torch.linalg.norm(x, "nuc", dim=(1, 2), keepdim=True)),
+    "linalg.matrix_norm by name": scaled_by(lambda x: torch.linalg.matrix_norm(x, keepdim=True)),
+    "linalg.vecdot": lambda m, x: x * torch.linalg.vecdot(x, m.other(x))[..., None],
+    "linalg.vecdot over tokens": lambda m, x: x * torch.linalg.vecdot(x, x, dim=1)[:, None],
+    "inner": lambda m, x: torch.inner(x.flatten(0, 1), m.table).unflatten(0, x.shape[:2]) @ m.table,
+    "inner with a number": lambda m, x: torch.inner(m.one[0], x),
+    "tensordot": lambda m, x: torch.tensordot(torch.tensordot(x, m.table, ([2], [1])), m.table, 1),
+    "tensordot with one row for all": lambda m, x: torch.tensordot(x, m.row, ([2], [0])),
+    "tensordot of two dims": lambda m, x: x * torch.tensordot(x, m.plane, ([2, 1], [1, 0]))[:, None, None],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PASSED_ON)
+def test_channels_pass(case):
+    model = between(
+        PASSED_ON[case], one=weight(1), row=weight(1, 8), table=weight(3, 8), plane=weight(4, 8), other=nn.Linear(8, 8)
+    )
+
+    after = prune(model, inputs(2, 4, 6))
+
+    assert (shapes(after)["stem"], shapes(after)["head"]) == ((4, 6), (2, 4))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: x.logcumsumexp(-1),
+        lambda m, x: x.cummax(-1)[0],
+        lambda m, x: torch.rot90(torch.rot90(x, 1, (1, 2)), 1, (1, 2)),
+        lambda m, x: torch.rot90(x, 1, (1, 2)).transpose(1, 2),
+    ],
+)
+def test_channels_stay_where_their_order_counts(function):
+    after = prune(between(function), TOKENS)
+
+    assert shapes(after) == {"stem": (8, 6), "head": (2, 8)}
+
+
+@pytest.mark.parametrize("norm", [torch.linalg.norm, torch.linalg.matrix_norm])
+@pytest.mark.parametrize(("order", "left"), [(2, 4), (-2, 8), (1, 4), (-1, 8)])
+def test_a_matrix_norm_needs_all_channels_only_where_it_looks_for_the_smallest(norm, order, left):
+    model = between(scaled_by(lambda x: norm(x, order, dim=(1, 2), keepdim=True)))
+
+    after = prune(model, TOKENS, batch_dim=None)
+
+    assert shapes(after) == {"stem": (left, 6), "head": (2, left)}
+
+
+def test_the_other_operand_of_a_contraction_loses_what_meets_and_keeps_its_own():
+    model = between(lambda m, x: torch.tensordot(x, m.table, ([-1], [0])), table=weight(8, 6))
+    model.head = nn.Linear(6, 2)
+
+    after = prune(model, TOKENS)
+
+    assert shapes(after) == {"stem": (4, 6), "table": (4, 3), "head": (2, 3)}
+
+
 def index_put(m, x):
     found = x.new_zeros(x.shape[0], 7, 8)
     found[:, m.places] = x

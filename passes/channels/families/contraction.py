@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from fxcompress.passes.channels.layout import Dim, Layout, broadcast, dim_size
-from fxcompress.passes.channels.rules import Call, rule
+from fxcompress.passes.channels.rules import Call, dropped, pointwise, rule
 
 aten = torch.ops.aten
 
@@ -72,6 +74,27 @@ def addmm(call: Call) -> Layout:
 def baddbmm(call: Call) -> Layout:
     """``input + batch1 @ batch2``."""
     return broadcast(call.algebra, [product(call, call.layout("batch1"), call.layout("batch2")), call.layout("self")])
+
+
+@rule(aten.tensordot.default)
+def tensordot(call: Call) -> Layout:
+    """Listed dims of both meet and are gone."""
+    return _contracted(call, call.layout("self"), call.layout("other"), call["dims_self"], call["dims_other"])
+
+
+@rule(aten.inner.default)
+def inner(call: Call) -> Layout:
+    """The last dims meet and are gone; a number scales the other operand."""
+    a, b = call.layout("self"), call.layout("other")
+    return _contracted(call, a, b, [-1], [-1]) if a and b else pointwise(call)
+
+
+def _contracted(call: Call, a: Layout, b: Layout, dims_a: Sequence[int], dims_b: Sequence[int]) -> Layout:
+    """What is left of both; a dim of size 1 meets one of any size, which is summed."""
+    for place_a, place_b in zip(dims_a, dims_b, strict=True):
+        if a[place_a] and b[place_b]:
+            call.join(a[place_a], b[place_b])
+    return (*dropped(a, dims_a), *dropped(b, dims_b))
 
 
 @rule(aten.outer.default)

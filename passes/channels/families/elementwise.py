@@ -22,6 +22,8 @@ rule(
     aten.hardswish.default,
     aten.log_sigmoid.default,
     aten.masked_fill.Tensor,
+    aten.fill.Scalar,
+    aten.fill.Tensor,
     aten.zeros_like.default,
     aten.ones_like.default,
     aten.empty_like.default,
@@ -84,7 +86,7 @@ def diff(call: Call) -> Layout:
     return replaced(x, {dim: position(call.shape[dim])})
 
 
-@rule(aten.cumsum.default, aten.cumprod.default)
+@rule(aten.cumsum.default, aten.cumprod.default, aten.logcumsumexp.default)
 def cumulative(call: Call) -> Layout:
     """Each element depends on those before it, so the dim stays."""
     x = call.layout("self")

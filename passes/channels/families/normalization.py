@@ -50,10 +50,10 @@ def group_norm(call: Call) -> Layout:
 
 @rule(
     aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default,
-    aten._safe_softmax.default,
+    aten._safe_softmax.default, aten.renorm.default,
 )  # fmt: skip
 def softmax(call: Call) -> Layout:
-    """Elements of a dim are divided by a sum over it."""
+    """Elements are divided by a total over some dims."""
     return call.layout("self")
 
 
@@ -70,11 +70,25 @@ def _reduced_dims(call: Call, rank: int) -> list[int]:
     aten.norm.ScalarOpt_dim, aten.norm.Scalar, aten.var.correction, aten.var.dim, aten.var.default,
     aten.std.correction, aten.std.dim, aten.std.default, aten.any.dim, aten.all.dim, aten.any.default,
     aten.all.default, aten.any.dims, aten.all.dims, aten.max.default, aten.min.default, aten.frobenius_norm.dim,
+    aten.nansum.default, aten.nanmean.default, aten.count_nonzero.default, aten.count_nonzero.dim_IntList,
 )  # fmt: skip
 def reduction(call: Call) -> Layout:
     """The reduced dims are gone."""
     x = next(iter(call.operands()))
     return dropped(x, _reduced_dims(call, len(x)), bool(call.operation.arguments.get("keepdim", False)))
+
+
+@rule(
+    aten.linalg_norm.default, aten.linalg_norm.ord_str, aten.linalg_matrix_norm.default,
+    aten.linalg_matrix_norm.str_ord,
+)  # fmt: skip
+def norm(call: Call) -> Layout:
+    """As any reduction, but for matrices of negative order: those look for the smallest, which a row of zeros is."""
+    x, order = call.layout("self"), call["ord"]
+    dims = _reduced_dims(call, len(x))
+    if len(dims) == 2 and isinstance(order, (int, float)) and order < 0:
+        call.keep(*(x[dim] for dim in dims))
+    return dropped(x, dims, call["keepdim"])
 
 
 @rule(aten.var_mean.correction, aten.var_mean.dim, aten.std_mean.correction, aten.std_mean.dim, aten.aminmax.default)
@@ -113,7 +127,7 @@ def place(call: Call) -> Layout:
     return dropped(x, dims, call["keepdim"])
 
 
-@rule(aten.topk.default, aten.sort.default, aten.sort.stable)
+@rule(aten.topk.default, aten.sort.default, aten.sort.stable, aten.cummax.default, aten.cummin.default)
 def sorted_(call: Call) -> list[Layout]:
     """Places along a dim are numbered, so it stays."""
     x = call.layout("self")
@@ -131,8 +145,7 @@ def argsort(call: Call) -> Result:
     return x
 
 
-@rule(aten.cosine_similarity.default)
+@rule(aten.cosine_similarity.default, aten.linalg_vecdot.default)
 def cosine_similarity(call: Call) -> Layout:
     """Two operands meet on a dim, which is gone."""
-    both = broadcast(call.algebra, [call.layout("x1"), call.layout("x2")])
-    return dropped(both, [call["dim"]])
+    return dropped(broadcast(call.algebra, call.operands()), [call["dim"]])

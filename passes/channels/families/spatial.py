@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from fxcompress.passes.channels.layout import Layout, position
+from fxcompress.passes.channels.layout import Layout, broadcast, position
 from fxcompress.passes.channels.rules import Call, Result, Rule, replaced, rule
 
 aten = torch.ops.aten
@@ -26,11 +26,15 @@ _WITH_INDICES = {
     2: "max_pool2d_with_indices.default adaptive_max_pool2d.default",
     3: "max_pool3d_with_indices.default adaptive_max_pool3d.default",
 }
+_UNPOOLED = {2: "max_unpool2d.default", 3: "max_unpool3d.default"}
 
 
 def _resampled(call: Call, spatial: int) -> Layout:
-    x = call.operands()[0]
-    call.keep(*x[len(x) - spatial :])
+    """Values, and what says where each of them goes, are of the same channels."""
+    operands = call.operands()
+    for operand in operands:
+        call.keep(*operand[len(operand) - spatial :])
+    x = broadcast(call.algebra, operands)
     return replaced(x, {d: position(call.shapes[0][d]) for d in range(len(x) - spatial, len(x))})
 
 
@@ -52,6 +56,7 @@ def _rule(spatial: int, results: int) -> Rule:
 
 
 _register(_RANKS, 1)
+_register(_UNPOOLED, 1)
 _register(_WITH_INDICES, 2)
 
 

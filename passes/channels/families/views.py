@@ -33,6 +33,15 @@ def transpose(call: Call) -> Layout:
     return replaced(x, {a: x[b], b: x[a]})
 
 
+@rule(aten.rot90.default)
+def rot90(call: Call) -> Layout:
+    """Quarter turns of two dims, which change places after an odd number; places move, so both stay."""
+    x = call.layout("self")
+    a, b = (normalized_dim(dim, len(x)) for dim in call["dims"])
+    call.keep(x[a], x[b])
+    return replaced(x, {a: x[b], b: x[a]}) if call["k"] % 2 else x
+
+
 @rule(aten.t.default, aten.numpy_T.default)
 def turned(call: Call) -> Layout:
     """All dims, the last first."""
