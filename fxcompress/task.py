@@ -50,6 +50,8 @@ class Task:
         """The model's inputs in a batch."""
         if self.inputs is not None:
             return self.inputs(batch)
+        if isinstance(batch, (tuple, list)) and not batch:
+            raise InputError(f"a batch is an empty {type(batch).__name__}; its first entry is the model's input")
         return batch[0] if isinstance(batch, (tuple, list)) else batch
 
     def __repr__(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from fxcompress import registry
@@ -55,7 +56,8 @@ def choose(pipeline: str | Pipeline | Sequence[Pass]) -> Pipeline:
     name = pipeline.strip()
     if name in RECIPES:
         return recipe(name)
-    near = did_you_mean(name, RECIPES)
-    if near and name not in registry.names():
+    first = re.split(r"[{,]", name)[0].strip()
+    near = "" if first in registry.names() else did_you_mean(name, RECIPES)
+    if near:
         raise InputError(f"{name!r} is neither a recipe nor a pass{near}")
     return parse(pipeline)

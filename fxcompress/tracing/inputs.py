@@ -195,10 +195,12 @@ def _check_leaves(interface: Interface, leaves: list[Any]) -> None:
     for index, (given, traced) in enumerate(zip(leaves, interface.leaves, strict=True)):
         if isinstance(given, torch.Tensor) and isinstance(traced, torch.Tensor):
             _check_tensor(interface, index, given, traced)
-        elif isinstance(given, torch.Tensor) or isinstance(traced, torch.Tensor) or given != traced:
+        elif isinstance(traced, torch.Tensor):
+            raise InputError(f"input {_name(interface, index)!r} is {_shown(given)}: give a torch.Tensor")
+        elif isinstance(given, torch.Tensor) or given != traced:
             raise InputError(
-                f"an input is {_shown(given)} where the model was traced with {_shown(traced)}, and what is no tensor "
-                "is fixed: call it with that value or trace it again"
+                f"input {_name(interface, index)!r} is {_shown(given)} where the model was traced with "
+                f"{_shown(traced)}, and what is no tensor is fixed: call it with that value or trace it again"
             )
 
 
@@ -207,13 +209,16 @@ def _check_tensor(interface: Interface, index: int, given: torch.Tensor, traced:
     ranks = given.dim() == traced.dim()
     same = ranks and all(dim in free or size == traced.shape[dim] for dim, size in enumerate(given.shape))
     if given.dtype != traced.dtype or not same:
-        path, _ = tree_flatten_with_path((interface.args, interface.kwargs))[0][index]
-        label = _label(path, interface.names, len(interface.args))
         shape = ", ".join("any" if dim in free else str(size) for dim, size in enumerate(traced.shape))
         raise InputError(
-            f"input {label!r} is {_shown(given)} where the model was traced with {traced.dtype} of shape "
-            f"({shape}): convert it, or trace the model with dynamic= for dims that change"
+            f"input {_name(interface, index)!r} is {_shown(given)} where the model was traced with {traced.dtype} of "
+            f"shape ({shape}): convert it, or trace the model with dynamic= for dims that change"
         )
+
+
+def _name(interface: Interface, index: int) -> str:
+    path, _ = tree_flatten_with_path((interface.args, interface.kwargs))[0][index]
+    return _label(path, interface.names, len(interface.args))
 
 
 def _shown(value: Any) -> str:

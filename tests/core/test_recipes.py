@@ -58,3 +58,5 @@ def test_a_name_that_is_neither_recipe_nor_pass_names_what_is_near():
 def test_a_pass_whose_name_is_near_a_recipe_is_a_pass(monkeypatch):
     monkeypatch.setattr("fxcompress.pipeline.recipes.RECIPES", {"fold-batchnorms": "fold-constants"})
     assert choose("fold-batchnorm") == parse("fold-batchnorm")
+    for text in ("insert-qdq{target=onnxruntime}", "insert-qdq{target=executorch}", "fold-batchnorm,insert-qdq"):
+        assert choose(text) == parse(text)
