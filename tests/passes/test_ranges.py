@@ -160,9 +160,9 @@ def test_no_data_too_little_and_the_wrong_structure():
         with pytest.raises(InputError, match=r"input '.*' is .* where the model was traced with .*\(any, 6\)") as wrong:
             analyze(program(), "ranges", Task(calibration=[*batches(), bad]))
         assert "calibration batch 4, read by ranges" in wrong.value.__notes__
-    with pytest.raises(InputError, match="input 'input' is None: give a torch.Tensor"):
+    with pytest.raises(InputError, match=r"input 'input' is None: give a torch.Tensor"):
         analyze(program(), "ranges", Task(calibration=[*batches(), None]))
-    with pytest.raises(InputError, match="a batch is an empty list; its first entry is the model's input"):
+    with pytest.raises(InputError, match=r"a batch is an empty list; its first entry is the model's input"):
         analyze(program(), "ranges", Task(calibration=[*batches(), []]))
     with pytest.raises(InputError, match="no observer 'minmex'; did you mean 'minmax'"):
         analyze(program(), "ranges{observer=minmex}")
