@@ -149,6 +149,7 @@ def pad(edit: Edit) -> None:
     aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
     aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
     aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input,
+    "torchvision::deform_conv2d",
 )  # fmt: skip
 def convolution(edit: Edit) -> None:
     """As many groups as stay."""

@@ -23,6 +23,7 @@ import torch
 from fxcompress.passes.channels.elements import Survivors
 from fxcompress.passes.channels.groups import ChannelReport
 from fxcompress.passes.channels.layout import Dim, Layout
+from fxcompress.passes.channels.rules import name_of
 from fxcompress.passes.channels.units import Mask
 from torch import fx
 from torch._ops import OpOverload
@@ -139,11 +140,14 @@ class Edit:
         self.node.target, self.node.args, self.node.kwargs = overload, args, {}
 
 
-_REWRITES: dict[OpOverload, Rewrite] = {}
+_REWRITES: dict[str, Rewrite] = {}
 
 
-def rewrite(*overloads: OpOverload) -> Callable[[Rewrite], Rewrite]:
+def rewrite(*overloads: OpOverload | str) -> Callable[[Rewrite], Rewrite]:
     """Registers a function as the rewrite of some overloads.
+
+    Args:
+        overloads: Overloads, or their names where the library that defines them may not be installed.
 
     Raises:
         InputError: One of them has a rewrite already.
@@ -151,9 +155,10 @@ def rewrite(*overloads: OpOverload) -> Callable[[Rewrite], Rewrite]:
 
     def register(function: Rewrite) -> Rewrite:
         for overload in overloads:
-            if overload in _REWRITES:
-                raise InputError(f"{overload} has a rewrite already: {_REWRITES[overload].__qualname__}")
-            _REWRITES[overload] = function
+            name = overload if isinstance(overload, str) else name_of(overload)
+            if name in _REWRITES:
+                raise InputError(f"{name} has a rewrite already: {_REWRITES[name].__qualname__}")
+            _REWRITES[name] = function
         return function
 
     return register
@@ -161,7 +166,7 @@ def rewrite(*overloads: OpOverload) -> Callable[[Rewrite], Rewrite]:
 
 def rewrite_of(overload: OpOverload) -> Rewrite | None:
     """The rewrite of an overload, ``None`` where it needs none."""
-    return _REWRITES.get(overload)
+    return _REWRITES.get(name_of(overload))
 
 
 def read_constant(root: fx.GraphModule, node: fx.Node, values: torch.Tensor) -> fx.Node:

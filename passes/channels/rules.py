@@ -151,7 +151,7 @@ def rule(*overloads: OpOverload | str) -> Callable[[Rule], Rule]:
 
     def register(function: Rule) -> Rule:
         for overload in overloads:
-            name = overload if isinstance(overload, str) else _name(overload)
+            name = overload if isinstance(overload, str) else name_of(overload)
             if name in _RULES:
                 raise InputError(f"{name} has a rule already: {_RULES[name].__qualname__}")
             _RULES[name] = function
@@ -160,13 +160,14 @@ def rule(*overloads: OpOverload | str) -> Callable[[Rule], Rule]:
     return register
 
 
-def _name(overload: OpOverload) -> str:
+def name_of(overload: OpOverload) -> str:
+    """The name that an overload is registered under (``mine::scale_channels``, ``aten::add.Tensor``)."""
     return str(overload.name())  # type: ignore[no-untyped-call]
 
 
 def rule_of(overload: OpOverload) -> Rule | None:
     """The rule of an overload, ``None`` where it has none."""
-    found = _RULES.get(_name(overload))
+    found = _RULES.get(name_of(overload))
     if found is None and torch.Tag.pointwise in overload.tags:
         return pointwise
     return found

@@ -47,7 +47,7 @@ def by_hand():
 
 def no_rewrite(overload):
     def plant(patch):
-        patch.delitem(rewrites._REWRITES, overload)
+        patch.delitem(rewrites._REWRITES, overload.name())
 
     return plant
 

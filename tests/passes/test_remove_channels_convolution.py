@@ -365,6 +365,26 @@ def test_channel_attention_by_a_convolution_over_channels_keeps_them():
     assert shapes(after) == {"stem": (8, 3, 1, 1), "across": (1, 1, 3), "head": (2, 8, 1, 1)}
 
 
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(
+    ("groups", "offset_groups", "inputs_left", "groups_left"),
+    [(1, 1, 8, 1), (1, 2, 8, 1), (4, 1, 4, 2), (2, 4, 8, 2), (4, 2, 4, 2)],
+)
+def test_deformable_convolution_keeps_offsets_and_their_groups(groups, offset_groups, inputs_left, groups_left, masked):
+    layer = pytest.importorskip("torchvision.ops").DeformConv2d(16, 16, 3, padding=1, groups=groups, bias=masked)
+
+    def forward(m, x):
+        x = m.stem(x)
+        return m.head(m.deform(x, m.offset(x), m.mask(x).sigmoid() if masked else None))
+
+    offset, mask = conv(16, 18 * offset_groups, 3), conv(16, 9 * offset_groups)
+    after = prune(Wire(forward, stem=conv(3, 16), offset=offset, mask=mask, deform=layer, head=conv(16, 2)), IMAGE)
+
+    assert shapes(after)["stem"] == (inputs_left, 3, 1, 1)
+    assert shapes(after)["offset"] == (18 * offset_groups, inputs_left, 3, 3)
+    assert shapes(after)["deform"] == (inputs_left, inputs_left // groups_left, 3, 3)
+
+
 @pytest.mark.filterwarnings("ignore:The tensor attribute")
 @pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm, nn.utils.weight_norm])
 def test_reparametrised_weights(norm):

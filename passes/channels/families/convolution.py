@@ -45,8 +45,27 @@ def convolution(call: Call) -> Layout:
     """Weight ``(outputs, inputs / groups, *kernel)``: outputs are (groups, filters), inputs (groups, channels)."""
     x, weight = call.layout("input"), call.layout("weight")
     spatial = len(weight) - 2
+    _filtered(call, x[len(x) - spatial - 1], weight)
+    return _result(call, x, weight[0], spatial)
+
+
+@rule("torchvision::deform_conv2d")
+def deformable(call: Call) -> Layout:
+    """A convolution that looks where data says: channels are (offset groups, channels), offsets say where for each."""
+    x, weight, offset, mask = (call.layout(name) for name in ("input", "weight", "offset", "mask"))
+    call.keep(*x[2:], *offset[1:], *mask[1:])
+    for other in (offset, mask):
+        call.join(x[0], other[0])
+    of_offset, _ = call.algebra.split(x[1], call["offset_groups"])
+    call.keep(of_offset)
+    _filtered(call, x[1], weight)
+    return (x[0], weight[0], *(position(size) for size in call.shape[2:]))
+
+
+def _filtered(call: Call, channels: Dim, weight: Layout) -> None:
+    """Joins channels, filters and biases, within groups; a filter's taps stay."""
     call.keep(*weight[2:])
-    groups, channels = call.size(call["groups"]), x[len(x) - spatial - 1]
+    groups = call.size(call["groups"])
     if groups == 1:
         call.join(channels, weight[1])
     else:
@@ -58,7 +77,6 @@ def convolution(call: Call) -> Layout:
         call.join(inside, weight[1])
     if call.given("bias"):
         call.join(weight[0], call.layout("bias")[0])
-    return _result(call, x, weight[0], spatial)
 
 
 @rule(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
