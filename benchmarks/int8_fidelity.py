@@ -153,6 +153,7 @@ def our_pipelines() -> Iterator[tuple[str, tuple[str, ...]]]:
     """Name and passes, with ``TARGET`` in place of the engine."""
     for observer in OBSERVERS:
         yield f"calibration, {observer}", ("fold-batchnorm", f"insert-qdq{{target=TARGET observer={observer}}}")
+    yield "calibration, vnni", ("fold-batchnorm", "insert-qdq{target=TARGET vnni=true}")
     yield "calibration", ("fold-batchnorm", "insert-qdq{target=TARGET}")
     for correction in CORRECTIONS:
         yield correction, with_corrections([correction])
