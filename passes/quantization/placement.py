@@ -86,15 +86,25 @@ class Placement:
         return self._passes(user)
 
     def _made_of_integers(self) -> set[fx.Node]:
-        """What comes from layers in integers through nothing but carriers, activations, views and joins."""
+        """What comes from layers in integers through nothing but carriers, activations, views and joins.
+
+        On that way rounding is part of what makes a value, unless another reader needs it in floating point.
+        """
         target, found = self._target, set[fx.Node]()
-        through = {*target.carriers, *target.fused, *target.views, *target.joins}
+        passing = {*target.fused, *target.views, *target.joins}
         for node, call in self._calls.items():
             sources = [source for source in node.all_input_nodes if _is_real(source)]
-            carried = call.overload in through and sources and found.issuperset(sources)
-            if carried or (call.overload in target.layers and self._computes(call)):
+            made = bool(sources) and found.issuperset(sources) and all(map(self._has_integer_readers, sources))
+            carried = call.overload in passing or (call.overload in target.carriers and self._computes(call))
+            if (made and carried) or (call.overload in target.layers and self._computes(call)):
                 found.add(node)
         return found
+
+    def _has_integer_readers(self, node: fx.Node) -> bool:
+        """Whether the target can compute all that reads a value in integers."""
+        target = self._target
+        able = target.layers.keys() | target.carriers.keys() | target.fused | target.views | target.joins
+        return all(user in self._calls and self._calls[user].overload in able for user in node.users)
 
     def _computes(self, call: Operation) -> bool:
         """Whether all that an operator reads as integers is computed; the weight of a layer becomes integers apart."""

@@ -122,3 +122,35 @@ def test_integers_of_other_targets(target, dtype):
     made = [node for node in after.nodes if node.target is torch.ops.quantized_decomposed.quantize_per_tensor.default]
     assert {node.args[-1] for node in made} == {dtype}
     assert record.result.statistics["layers"] == 7
+
+
+class Tail(nn.Module):
+    """What ends a residual network, or looks like it: a sum, and what reads its mean."""
+
+    def __init__(self, end):
+        super().__init__()
+        self.stem, self.conv, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 5)
+        self.end = end
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        return self.head(self.end((self.conv(x) + x).relu()))
+
+
+def test_integers_are_carried_to_the_end_of_a_chain():
+    model = Tail(lambda x: x.mean((2, 3)))
+    text = structure(quantized(model, 8, 3, 8, 8, vnni=False, skip=("head",))[0])
+    assert "%add = aten.add.Tensor(q(%conv), q(%relu))" in text
+    assert "%mean = aten.mean.dim(q(%relu_1))" in text
+
+
+def test_but_not_where_another_reader_needs_them_as_they_are():
+    model = Tail(lambda x: (x - x.mean((2, 3), keepdim=True)).amax((2, 3)))
+    text = structure(quantized(model, 8, 3, 8, 8, vnni=False, skip=("head",))[0])
+    assert "%mean = aten.mean.dim(%relu_1)" in text
+
+
+def test_nor_where_a_sum_is_not_computed_in_integers():
+    model = Tail(lambda x: (x + torch.ones(4, 1, 1)).relu().mean((2, 3)))
+    text = structure(quantized(model, 8, 3, 8, 8, vnni=False, skip=("head",))[0])
+    assert "%mean = aten.mean.dim(%relu_2)" in text
