@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 from fxcompress.passes.quantization import weights
-from fxcompress.passes.quantization.nodes import is_quantization, quantize_at_run_time, skipped
+from fxcompress.passes.quantization.nodes import quantize_at_run_time, skipped
 from fxcompress.passes.quantization.processor import has_vnni
 from torch import fx
 
@@ -33,8 +33,8 @@ class QuantizeDynamic(Transform):
 
     A grid holds the whole batch, so what a row gives depends, by rounding, on the rows beside it. ONNX files are
     written the way onnxruntime finds its integer kernels. A layer whose weight is quantized already is left alone.
-    Refuses, naming the layer: ``computed-weight``, ``not-float32``, ``not-finite``, ``empty-weight``, and
-    ``no-integer-kernel`` (another operator than a layer that multiplies by stored weights).
+    Refuses, naming the layer: ``computed-weight``, ``not-float32``, ``not-finite``, ``empty-weight``,
+    and of what is no layer and multiplies by stored weights ``constant-operand`` and ``no-integer-kernel``.
 
     Attributes:
         skip: Patterns of layers to leave: qualified names of modules, or of nodes.
@@ -63,7 +63,7 @@ class QuantizeDynamic(Transform):
         kept = skipped(program.nodes, self.skip)
         for node in list(program.nodes):
             call = operation(root, node)  # looked up here: the layer before it may just have been replaced
-            if call is None or node in kept or _is_quantized(call):
+            if call is None or node in kept or weights.is_quantized(call):
                 continue
             if call.overload is not aten.linear.default:
                 refusals += weights.other_products(call)
@@ -88,8 +88,3 @@ class QuantizeDynamic(Transform):
         if source not in grids:
             grids[source] = quantize_at_run_time(source)
         reader.update_arg(argument_names(call.overload).index("input"), grids[source])
-
-
-def _is_quantized(call: Operation) -> bool:
-    weight = call.operands.get("weight")
-    return weight is not None and is_quantization(weight)

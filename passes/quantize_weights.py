@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from fxcompress.passes.quantization import weights
 from fxcompress.passes.quantization.grid import SMALLEST
-from fxcompress.passes.quantization.nodes import call, is_quantization, quantized, skipped
+from fxcompress.passes.quantization.nodes import call, quantized, skipped
 from torch import fx
 
 from fxcompress.errors import InputError
@@ -33,9 +33,8 @@ class QuantizeWeights(Transform):
 
     Weights stay trainable with Q/DQ nodes behind them; exported files hold the integers. A weight that goes through
     such nodes already is left alone. Refuses, naming the layer: ``computed-weight``, ``not-float32``, ``not-finite``,
-    ``empty-weight``, ``not-a-matrix``,
-    ``group-size`` (a weight that groups do not divide), and ``no-integer-kernel`` (another operator that multiplies by
-    stored weights).
+    ``empty-weight``, ``not-a-matrix``, ``group-size`` (a weight that groups do not divide), and of what is no layer and
+    multiplies by stored weights ``constant-operand`` and ``no-integer-kernel``.
 
     Attributes:
         bits: 2 to 8. ONNX and OpenVINO files pack groups of up to 4 bits; others take a byte.
@@ -64,7 +63,7 @@ class QuantizeWeights(Transform):
         kept = skipped(program.nodes, self.skip)
         for node in list(program.nodes):
             found = operation(root, node)
-            if found is None or node in kept or _is_quantized(found):
+            if found is None or node in kept or weights.is_quantized(found):
                 continue
             if not _has_weight(found):
                 refusals += weights.other_products(found)
@@ -78,19 +77,12 @@ class QuantizeWeights(Transform):
         return PassResult(layers > 0, tuple(refusals), {"layers": layers})
 
     def _objections(self, layer: Operation) -> Iterator[Refusal]:
-        weight, name = layer.parameter("weight"), layer.node.name
-        if weight is None:
-            yield Refusal("computed-weight", name, "its weight is computed in the graph; store the weight")
-            return
-        if weight.numel() == 0:
-            yield Refusal("empty-weight", name, "its weight holds no numbers; eliminate the layer")
-            return
-        if weight.dtype != torch.float32:
-            reason = f"its weight is {weight.dtype}, and only torch.float32 becomes integers; convert the model first"
-            yield Refusal("not-float32", name, reason)
-        elif not weight.is_meta and not bool(torch.isfinite(weight).all()):
-            yield Refusal("not-finite", name, "its weight holds NaN or Inf; repair the model")
-        if self.group_size and weight.dim() != 2:
+        weight, name = layer["weight"], layer.node.name
+        objection = weights.objection(layer)
+        if objection is not None:
+            code, reason = objection
+            yield Refusal(code, name, reason)
+        elif self.group_size and weight.dim() != 2:
             yield Refusal("not-a-matrix", name, "groups need a weight of two dims; quantize it with group-size=0")
         elif self.group_size and weight.shape[1] % self.group_size:
             reason = f"its {weight.shape[1]} inputs are no multiple of {self.group_size}; choose another group-size"
@@ -131,11 +123,6 @@ class QuantizeWeights(Transform):
 
 def _has_weight(found: Operation) -> bool:
     return found.overload is aten.embedding.default or weighted_layer(found) is not None
-
-
-def _is_quantized(found: Operation) -> bool:
-    weight = found.operands.get("weight")
-    return weight is not None and is_quantization(weight)
 
 
 def _channel_axis(layer: Operation) -> int:

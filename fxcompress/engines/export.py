@@ -261,10 +261,11 @@ def _check(
         rounding: What an engine may add because the model computes in a smaller dtype than the output's.
     """
     worst = 0.0
+    rounds_apart = exact is not None and format_of(file).open_pieces is not None
+    compared = measure_outputs if rounds_apart else compare_outputs  # classes follow the engine's rounding
     for index, (name, reference, value) in enumerate(zip(names.outputs, expected, found, strict=True)):
         batch = f"with input rows as in output shape {tuple(reference.shape)}"
         try:
-            compared = compare_outputs if exact is None else measure_outputs  # classes follow the engine's rounding
             error = compared([reference.cpu()], [value.cpu()])
         except VerificationError as wrong:
             reason = str(wrong).removeprefix("output 0 ")
@@ -284,9 +285,14 @@ def _check(
     return worst
 
 
+def is_near(error: Comparison, noise: Comparison) -> bool:
+    """Whether an engine's integer kernels are as near to the model as its own quantization explains."""
+    return error.sqnr_db >= min(noise.sqnr_db - ENGINE_MARGIN_DB, ENGINE_SQNR_DB)
+
+
 def _check_engine(file: Path, said: str, error: Comparison, noise: Comparison) -> None:
     """Raises :class:`VerificationError` where an engine is further from the model than its kernels may be."""
-    if not error.sqnr_db >= min(noise.sqnr_db - ENGINE_MARGIN_DB, ENGINE_SQNR_DB):
+    if not is_near(error, noise):
         raise VerificationError(
             f"{said}, an SQNR of {error.sqnr_db:.1f} dB where the model's own quantization has {noise.sqnr_db:.1f} dB. "
             f"{_SATURATED if format_of(file).open_pieces is not None else _UNKNOWN}"

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 
 import torch
 from fxcompress.passes.quantization.grid import SMALLEST
-from fxcompress.passes.quantization.nodes import call, quantized
+from fxcompress.passes.quantization.nodes import call, is_quantization, quantized
 from torch import fx
 
 from fxcompress.ir import macs
@@ -85,9 +85,15 @@ def objection(call: Operation) -> tuple[str, str] | None:
         dtype = f"its weight is {weight.dtype}, and only torch.float32 becomes integers; convert the model first"
         return "not-float32", dtype
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+        if tensor is not None and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
             return "not-finite", f"its {name} holds NaN or Inf; repair the model"
     return None
+
+
+def is_quantized(call: Operation) -> bool:
+    """Whether the weight of a layer goes through Q/DQ nodes already."""
+    weight = call.operands.get("weight")
+    return weight is not None and is_quantization(weight)
 
 
 def multiplies_stored_matrix(call: Operation) -> bool:

@@ -181,3 +181,10 @@ def test_bench_refuses_an_empty_batch_and_an_unknown_engine():
         bench(toy_program(), rounds=0)
     with pytest.raises(fxc.InputError, match="no engine 'opnvino'; did you mean 'openvino'"):
         bench(toy_program(), ["opnvino"])
+
+
+def test_inductor_may_not_change_classes_of_a_model_that_is_not_quantized(monkeypatch):
+    program = fxc.trace(nn.Flatten(), torch.arange(8).view(2, 2, 2))
+    monkeypatch.setattr(torch, "compile", lambda module, *, backend: lambda *args: module(*args) + 1)
+    with pytest.raises(fxc.VerificationError, match=r"output 0 \(torch.int64\) differs in 8 of 8 elements"):
+        fxc.compile(program, "inductor")
