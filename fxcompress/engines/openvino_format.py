@@ -14,6 +14,7 @@ from fxcompress.engines.names import Names, Run, RunPieces, pieces_of
 from fxcompress.engines.onnx_blocks import block_sizes
 from fxcompress.engines.onnx_format import write_onnx
 from fxcompress.engines.onnx_integers import drop_zero_points
+from fxcompress.engines.openvino_faults import give_biases
 from fxcompress.errors import ArtifactError
 from fxcompress.ir.program import Interface
 
@@ -32,6 +33,7 @@ def write_openvino(module: fx.GraphModule, interface: Interface, path: Path, nam
         write_onnx(module, interface, onnx_file, names)
         drop_zero_points(onnx_file)
         model = openvino.convert_model(onnx_file)
+        give_biases(model)
         openvino.save_model(model, path, compress_to_fp16=False)
 
 
@@ -43,7 +45,11 @@ def open_openvino(path: Path, names: Names) -> Run:
 
 
 def openvino_pieces(path: Path, names: Names, cuts: Collection[str]) -> RunPieces:
-    """Runs a file in float32, cut at values: what reads one reads an input in its place."""
+    """Runs a file in float32, cut at values: what reads one reads an input in its place.
+
+    Outside its integer mode OpenVINO 2026.4 divides by the factor of a product that it fuses into a quantizer
+    (``Multiply`` by one number a channel, then ``FakeQuantize``), so quantizers are kept apart from what they read.
+    """
     import openvino
     from openvino import opset13 as ops
 
@@ -60,6 +66,7 @@ def openvino_pieces(path: Path, names: Names, cuts: Collection[str]) -> RunPiece
         model.add_parameters([given])
         if name not in names.outputs:
             model.add_results([ops.result(port)])
+        model.add_results([ops.result(port.get_node().input_value(0))])  # a second reader: nothing is fused into it
     run = _run_model(model, names.with_cuts(forced), {"LP_TRANSFORMS_MODE": "NO"})
     return pieces_of(run, names, list(found))
 

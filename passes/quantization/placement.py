@@ -48,14 +48,17 @@ class Placement:
     def __init__(self, graph_module: fx.GraphModule, target: Target, skipped: Collection[fx.Node] = ()) -> None:
         self._target = target
         self._calls: dict[fx.Node, Operation] = {}
+        self._constant: set[fx.Node] = set()
         for node in graph_module.graph.nodes:
             call = operation(graph_module, node)
             if call is not None and node not in skipped:
                 self._calls[node] = call
+            if node.op != "placeholder" and self._constant.issuperset(node.all_input_nodes):
+                self._constant.add(node)
         self._integral = self._made_of_integers()
         self._wishes: dict[fx.Node, tuple[fx.Node, ...]] = {}
         for node in reversed(graph_module.graph.nodes):
-            if _is_real(node):
+            if self._is_real(node):
                 self._wishes[node] = tuple(user for user in node.users if self._wants(user, node))
 
     def points(self) -> list[Point]:
@@ -93,7 +96,7 @@ class Placement:
         target, found = self._target, set[fx.Node]()
         passing = {*target.fused, *target.views, *target.joins}
         for node, call in self._calls.items():
-            sources = [source for source in node.all_input_nodes if _is_real(source)]
+            sources = [source for source in node.all_input_nodes if self._is_real(source)]
             made = bool(sources) and found.issuperset(sources) and all(map(self._has_integer_readers, sources))
             carried = call.overload in passing or (call.overload in target.carriers and self._computes(call))
             if (made and carried) or (call.overload in target.layers and self._computes(call)):
@@ -110,7 +113,7 @@ class Placement:
         """Whether all that an operator reads as integers is computed; the weight of a layer becomes integers apart."""
         names = self._target.reads(call.overload) or self._target.carriers[call.overload]
         operands = [call.operands.get(name) for name in names]
-        return all(operand is not None and _is_real(operand) for operand in operands)
+        return all(operand is not None and self._is_real(operand) for operand in operands)
 
     def _factors(self) -> Iterator[fx.Node]:
         """The second factors of products."""
@@ -122,7 +125,7 @@ class Placement:
     def _passes(self, node: fx.Node) -> bool:
         """Whether a node hands integers on as they are."""
         call = self._calls.get(node)
-        if call is None or not self._complete(node) or any(read.op == "get_attr" for read in node.all_input_nodes):
+        if call is None or not self._complete(node) or not self._constant.isdisjoint(node.all_input_nodes):
             return False
         return call.overload in self._target.views | self._target.joins or self._pads_convolutions(call)
 
@@ -160,7 +163,7 @@ class Placement:
             yield node
             return
         for source in node.all_input_nodes:
-            if _is_real(source):
+            if self._is_real(source):
                 yield from self._origins(source)
 
     def _close(self, readers: dict[fx.Node, tuple[fx.Node, ...]], sharing: nx.Graph[fx.Node]) -> None:
@@ -170,7 +173,7 @@ class Placement:
             call = self._calls.get(node)
             if call is None or not node.users:
                 continue
-            sources = [source for source in node.all_input_nodes if _is_real(source)]
+            sources = [source for source in node.all_input_nodes if self._is_real(source)]
             if not sources or not all(self._reads_integers(node, source, readers) for source in sources):
                 continue
             if call.overload in self._target.closed:
@@ -188,7 +191,7 @@ class Placement:
             return source in readers.get(source.all_input_nodes[0], ())
         return node in readers.get(source, ())
 
-
-def _is_real(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return node.op != "get_attr" and isinstance(value, torch.Tensor) and value.dtype == torch.float32
+    def _is_real(self, node: fx.Node) -> bool:
+        """Whether a node is a float32 tensor that depends on the model's inputs."""
+        value = node.meta.get("val")
+        return node not in self._constant and isinstance(value, torch.Tensor) and value.dtype == torch.float32

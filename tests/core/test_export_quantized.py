@@ -5,6 +5,7 @@ import pytest
 import torch
 from models import residual_net
 from onnx import numpy_helper
+from torch import nn
 
 import fxcompress as fxc
 from fxcompress.engines import export, openvino_format
@@ -38,6 +39,46 @@ def right(programs, tmp_path_factory):
 def test_engines_stay_near_a_file_that_is_right(target, programs, tmp_path):
     for suffix in {ENGINES[target], ".pt2"}:
         fxc.export(programs[target], tmp_path / f"m{suffix}")
+
+
+class Parted(nn.Module):
+    """A convolution without a bias, which one reads in integers, be it times a number, and another does not."""
+
+    def __init__(self, between=None):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 1, bias=False), nn.Conv2d(8, 8, 3, padding=1)
+        self.between = between or nn.Identity()
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.conv(self.between(x)) * x.square().mean(1, keepdim=True).sqrt()
+
+
+class Half(nn.Module):
+    def forward(self, x):
+        return x / 2
+
+
+class Normed(nn.Module):
+    """A norm that stays a product, as what it reads has another reader, and that a quantizer reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        nn.init.uniform_(self.norm.weight, 0.5, 0.8)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        return self.conv(self.norm(x).relu()) + x.exp()
+
+
+@pytest.mark.parametrize("model", [Parted(), Parted(Half()), Normed()], ids=["parted", "scaled", "normed"])
+def test_files_are_written_around_faults_of_openvino(model, tmp_path):
+    """What is written is right, and so is what OpenVINO makes of it; ``export`` compares both."""
+    program = quantized(model, torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1)), "openvino")
+    exported = fxc.export(program, tmp_path / "m.xml")
+    assert exported.max_relative_error < 0.05
 
 
 # --- planted bugs ----------------------------------------------------------------------------------------------------

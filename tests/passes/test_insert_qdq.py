@@ -154,3 +154,9 @@ def test_nor_where_a_sum_is_not_computed_in_integers():
     model = Tail(lambda x: (x + torch.ones(4, 1, 1)).relu().mean((2, 3)))
     text = structure(quantized(model, 8, 3, 8, 8, vnni=False, skip=("head",))[0])
     assert "%mean = aten.mean.dim(%relu_2)" in text
+
+
+def test_what_is_computed_of_weights_alone_stays():
+    model = Tail(lambda x: (x * model.stem.bias.reshape(1, -1, 1, 1)).mean((2, 3)))
+    text = structure(quantized(model, 8, 3, 8, 8, vnni=True)[0])
+    assert "%mul = aten.mul.Tensor(%relu_1, %reshape)" in text
