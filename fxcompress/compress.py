@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 
 from fxcompress.errors import InputError
 from fxcompress.ir.program import Program
+from fxcompress.island_calibration import island_tasks
 from fxcompress.manager.pass_manager import PassManager, Result
 from fxcompress.pass_base import Pass
 from fxcompress.pipeline.recipes import choose
@@ -82,7 +83,7 @@ def compress(
 
     Args:
         model: What :func:`fxcompress.trace` takes, or a Program, or what :func:`fxcompress.trace_islands` gives: then
-            each island is compressed, without ``task``, whose batches are not what islands are called with.
+            each island is compressed, on what the model calls it with on the task's calibration batches.
         example_inputs: As for :func:`fxcompress.trace`; not needed for a model that is traced already.
         pipeline: Name of a recipe, pipeline text, or passes.
         task: What is known about the model's job; with ``task.evaluate``, the report gets its value before and after.
@@ -98,7 +99,7 @@ def compress(
     manager = PassManager(choose(pipeline))
     traced = _traced(model, example_inputs, dynamic, batch_dim)
     program, report = (
-        _run_islands(manager, traced) if isinstance(traced, PartialProgram) else _run(manager, traced, task)
+        _run_islands(manager, traced, task) if isinstance(traced, PartialProgram) else _run(manager, traced, task)
     )
     if task is not None and task.evaluate is not None:
         report = replace(report, measures=(*report.measures, _metric(task, traced, program)))
@@ -122,18 +123,19 @@ def _run(manager: PassManager, program: Program, task: Task | None) -> tuple[Pro
     return result.program, result.report
 
 
-def _run_islands(manager: PassManager, partial: PartialProgram) -> tuple[PartialProgram, Report]:
+def _run_islands(manager: PassManager, partial: PartialProgram, task: Task | None) -> tuple[PartialProgram, Report]:
     from fxcompress.report.islands import merged
 
-    results = {path: _run_island(manager, path, island) for path, island in partial.islands.items()}
+    tasks = island_tasks(partial, task)
+    results = {path: _run_island(manager, path, island, tasks[path]) for path, island in partial.islands.items()}
     slim = partial.with_islands({path: result.program for path, result in results.items()})
     reports = {path: result.report for path, result in results.items()}
     return slim, merged(type(partial.model).__name__, reports, partial.diagnostics)
 
 
-def _run_island(manager: PassManager, path: str, island: Program) -> Result:
+def _run_island(manager: PassManager, path: str, island: Program, task: Task | None) -> Result:
     try:
-        return manager.run(island)
+        return manager.run(island, task)
     except Exception as error:
         error.add_note(f"in the island {path!r}")
         raise

@@ -9,6 +9,7 @@ from torch import nn
 
 import fxcompress as fxc
 from fxcompress.cli import main
+from fxcompress.engines.integers import is_quantized
 from fxcompress.ir.program import Diagnostic
 from fxcompress.pass_base import Refusal
 from fxcompress.report import PassRow, Report
@@ -60,6 +61,29 @@ def test_the_metric_is_taken_of_the_whole_model(partial):
     (measure,) = out.report.measures
     assert (measure.name, measure.before) == ("detections", measure.after)
     assert measure.before > 0
+
+
+def test_islands_are_calibrated_on_what_the_model_calls_them_with(partial):
+    batches = [images((16, 16), (14, 18)), images((20, 15))]
+    out = fxc.compress(
+        partial, pipeline="insert-qdq{least=3 vnni=true}", task=fxc.Task(calibration=batches, inputs=lambda b: (b,))
+    )
+    quantized = {path: is_quantized(island.graph_module) for path, island in out.program.islands.items()}
+    assert quantized == {"backbone": True, "scorer": True, "head": True}
+    (scale, *_) = next(
+        node.args[1:] for node in out.program.islands["backbone"].nodes if "quantize_per_tensor" in str(node.target)
+    )
+    largest = float(max(image.abs().max() for batch in batches for image in batch))
+    assert scale == pytest.approx(largest / 127, rel=0.01)  # of all three images, and no other
+    with torch.no_grad():
+        for expected, found in zip(detector()(images((16, 16))), out.model(images((16, 16))), strict=True):
+            torch.testing.assert_close(expected, found, atol=0.05, rtol=0.05)
+
+
+def test_calibration_batches_that_the_model_does_not_take(partial):
+    task = fxc.Task(calibration=[[torch.randn(4, 7, 7)]], inputs=lambda batch: (batch,))
+    with pytest.raises(fxc.InputError, match="Detector fails on calibration batch 0: .*channels"):
+        fxc.compress(partial, pipeline="insert-qdq{least=1}", task=task)
 
 
 def test_a_failing_pass_names_the_island(partial, monkeypatch):
