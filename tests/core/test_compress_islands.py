@@ -82,7 +82,7 @@ def test_islands_are_calibrated_on_what_the_model_calls_them_with(partial):
 
 def test_calibration_batches_that_the_model_does_not_take(partial):
     task = fxc.Task(calibration=[[torch.randn(4, 7, 7)]], inputs=lambda batch: (batch,))
-    with pytest.raises(fxc.InputError, match="Detector fails on calibration batch 0: .*channels"):
+    with pytest.raises(fxc.InputError, match=r"Detector fails on calibration batch 0: .*channels"):
         fxc.compress(partial, pipeline="insert-qdq{least=1}", task=task)
 
 

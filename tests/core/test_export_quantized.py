@@ -10,6 +10,7 @@ from torch import nn
 import fxcompress as fxc
 from fxcompress.engines import export, openvino_format
 from fxcompress.engines.formats import FORMATS, Format
+from fxcompress.engines.pieces import Rounded, check_rounded, rounded_values
 
 ENGINES = {"onnxruntime": ".onnx", "openvino": ".xml"}
 
@@ -79,6 +80,39 @@ def test_files_are_written_around_faults_of_openvino(model, tmp_path):
     program = quantized(model, torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1)), "openvino")
     exported = fxc.export(program, tmp_path / "m.xml")
     assert exported.max_relative_error < 0.05
+
+
+class Gate(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        return self.last(self.conv(x).sigmoid())
+
+
+def test_what_may_be_rounded_either_way_is_known():
+    program = quantized(Gate(), torch.zeros(8, 3, 8, 8), "onnxruntime")
+    module, interface = program.emit().eval(), program.interface
+    with torch.no_grad():
+        module.conv.bias.zero_()  # all values are sigmoid(0) = 0.5, and the step puts that on an edge
+    for node in module.graph.nodes:
+        if "quantize_per_tensor" in str(node.target) and node.args[1] != 1.0:
+            node.args = (node.args[0], 1 / 3, *node.args[2:])
+    module.recompile()
+    points = rounded_values(module, interface, ("output",), ((torch.zeros(2, 3, 8, 8),), {}))
+    assert [bool(point.on_edge.all()) for point in points.values()] == [False, False, True, False]
+
+
+def test_values_on_the_edge_between_two_integers_may_become_either():
+    on_edge = torch.arange(100) < 30
+    points = {"a": Rounded(torch.zeros(100), 0.5, on_edge)}
+    check_rounded(points, {"a": 0.5 * on_edge})
+    check_rounded(points, {"a": 0.5 * (torch.arange(100) == 99)})
+    with pytest.raises(fxc.VerificationError, match="a differs from the model in 2 of 100 values, by up to 1 steps"):
+        check_rounded(points, {"a": 0.5 * (torch.arange(100) > 97)})
+    with pytest.raises(fxc.VerificationError, match="a differs from the model in 30 of 100 values, by up to 2 steps"):
+        check_rounded(points, {"a": 1.0 * on_edge})
 
 
 # --- planted bugs ----------------------------------------------------------------------------------------------------
