@@ -93,7 +93,14 @@ def _linear(call: ShapedCall) -> int:
     return _product(call.output) * int(call["input"][-1])
 
 
-@counts(aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default)
+@counts(
+    aten.matmul.default,
+    aten.mm.default,
+    aten.bmm.default,
+    aten.mv.default,
+    aten.dot.default,
+    aten.inner.default,
+)
 def _matmul(call: ShapedCall) -> int:
     return _product(call.output) * int(call["self"][-1])
 
@@ -106,6 +113,11 @@ def _addmm(call: ShapedCall) -> int:
 @counts(aten.baddbmm.default)
 def _baddbmm(call: ShapedCall) -> int:
     return _product(call.output) * int(call["batch1"][-1])
+
+
+@counts(aten.tensordot.default)
+def _tensordot(call: ShapedCall) -> int:
+    return _product(call.output) * _product([call["self"][dim] for dim in call["dims_self"]])
 
 
 @counts(aten.einsum.default)

@@ -103,6 +103,21 @@ def test_addmm_counts_its_product_alone():
     assert report.macs == 3 * 4 * 5
 
 
+@pytest.mark.parametrize(
+    ("contract", "shapes", "macs"),
+    [
+        (torch.inner, [(2, 3, 4), (5, 4)], 2 * 3 * 5 * 4),
+        (lambda x, y: torch.tensordot(x, y, dims=([2, 1], [0, 2])), [(2, 3, 4), (4, 6, 3)], 2 * 6 * 4 * 3),
+    ],
+)
+def test_contractions_of_any_dims(contract, shapes, macs):
+    xs = tuple(torch.randn(shape) for shape in shapes)
+
+    report = cost_of(Call(contract), xs, batch_dim=None)
+
+    assert report.macs == macs == counted_by_torch(Call(contract), *xs)
+
+
 @pytest.mark.parametrize(("cell", "gates"), [(nn.LSTMCell, 4), (nn.GRUCell, 3), (nn.RNNCell, 1)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_recurrent_cell_applies_both_matrices_at_each_step(cell, gates, bias):
