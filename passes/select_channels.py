@@ -93,16 +93,16 @@ class SelectChannels(Analysis[ChannelPlan]):
         scores = criterion.measure(Evidence(program, report, task, self.batches, self.seed))
         candidates = tuple(self._candidates(program, report, criterion, scores, price, refusals))
         selection = Selection(report, Ranking(candidates), self.round_to)
-        ratio = self._ratio(selection, price)
-        removed = selection.removed(ratio)
+        ratio, removed = self._chosen(selection, price)
         removals = tuple(self._removals(candidates, removed, criterion.name, ratio))
         macs = price.whole, price.macs(removed)
         return ChannelPlan(digest(program), removals, tuple(refusals), str(self), macs)
 
-    def _ratio(self, selection: Selection, price: Price) -> float:
+    def _chosen(self, selection: Selection, price: Price) -> tuple[float, Mask]:
         if self.macs is not None:
-            return selection.ratio_for(price, self.macs)
-        return _RATIO if self.ratio is None else self.ratio
+            return selection.at_macs(price, self.macs)
+        ratio = _RATIO if self.ratio is None else self.ratio
+        return ratio, selection.at_ratio(ratio)
 
     def _criterion(self, task: Task | None) -> Criterion:
         has_batches = task is not None and (task.calibration is not None or task.training is not None)

@@ -58,6 +58,10 @@ class Ranking:
             pool.take(ratio, counts)
         return counts
 
+    def score(self, index: int, place: int) -> float:
+        """The importance of a candidate's unit at a place of its order."""
+        return float(self.candidates[index].scores[self.orders[index][place]])
+
 
 class _Pool:
     """Groups whose units are ranked together; each keeps its least number."""

@@ -34,10 +34,13 @@ class Selection:
         for candidate, order in zip(ranking.candidates, ranking.orders, strict=True):
             self._standing[candidate.group.units[order]] = np.linspace(0, 1, len(order))
 
-    def removed(self, ratio: float) -> Mask:
+    def at_ratio(self, ratio: float) -> Mask:
         """The units to remove at a ratio, with one ``False`` more at the end."""
+        return self._removed(self._ranking.counts(ratio))
+
+    def _removed(self, counts: Array) -> Mask:
+        """The units to remove where each candidate is to lose that many."""
         removed = self._report.removed_mask([])
-        counts = self._ranking.counts(ratio)
         for candidate, order, count in zip(self._ranking.candidates, self._ranking.orders, counts, strict=True):
             removed[candidate.group.units[order[:count]]] = True
         self._align(removed)
@@ -45,26 +48,46 @@ class Selection:
             self._align(removed)
         return removed
 
-    def ratio_for(self, price: Price, share: float) -> float:
-        """The least ratio that leaves no more than a share of the MACs.
+    def at_macs(self, price: Price, share: float) -> tuple[float, Mask]:
+        """The least ratio that leaves no more than a share of the MACs, and the units to remove.
+
+        Many groups may take their next step at one ratio; of these, the ones whose units count most do not take it
+        where the share allows that.
 
         Raises:
             InputError: No ratio leaves so few.
         """
-        whole, least = price.whole, price.macs(self.removed(1.0))
-        if least > share * whole:
+        most, least = share * price.whole, price.macs(self.at_ratio(1.0))
+        if least > most:
             raise InputError(
                 f"macs={share:g} cannot be reached: with as little of each group as is allowed, "
-                f"{least / max(whole, 1):.1%} of the MACs stay; ask for more, or allow more (min-width, ignore, ratios)"
+                f"{least / max(price.whole, 1):.1%} of the MACs stay; ask for more, or allow more "
+                "(min-width, ignore, ratios)"
             )
         low, high = 0.0, 1.0
         for _ in range(_STEPS):
             middle = (low + high) / 2
-            if price.macs(self.removed(middle)) > share * whole:
+            if price.macs(self.at_ratio(middle)) > most:
                 low = middle
             else:
                 high = middle
-        return high
+        return high, self._partway(price, most, self._ranking.counts(low), self._ranking.counts(high))
+
+    def _partway(self, price: Price, most: float, fewer: Array, more: Array) -> Mask:
+        """What to remove: from some groups as in ``fewer``, from the others as in ``more``, which leaves few enough."""
+        stepping = np.flatnonzero(fewer != more).tolist()
+        stepping.sort(key=lambda index: -self._ranking.score(index, int(fewer[index])))
+        removed, fit, too_many = self._removed(more), 0, len(stepping)
+        while too_many - fit > 1:
+            kept = (fit + too_many) // 2
+            counts = more.copy()
+            counts[stepping[:kept]] = fewer[stepping[:kept]]
+            tried = self._removed(counts)
+            if price.macs(tried) > most:
+                too_many = kept
+            else:
+                removed, fit = tried, kept
+        return removed
 
     def _align(self, removed: Mask) -> None:
         """Puts units back until the dims that they are in have rounded sizes: heads first, then their dims."""

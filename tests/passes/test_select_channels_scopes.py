@@ -143,13 +143,13 @@ def test_the_plan_knows_what_the_slim_model_costs(name, options):
 
 @pytest.mark.parametrize("share", [0.9, 0.5, 0.2])
 @pytest.mark.parametrize("scope", ["uniform", "global", "isomorphic"])
-def test_macs_are_the_largest_share_that_a_ratio_gives_below_the_target(share, scope):
+def test_macs_are_near_the_target_and_below_it(share, scope):
     before = traced(chain(64, 64, 64))
 
     found = plan(before, f"{{macs={share} scope={scope}}}")
 
     assert found.macs[1] <= share * found.macs[0]
-    assert found.macs[1] > (share - 0.04) * found.macs[0]  # a channel more of each group is 3 % more
+    assert found.macs[1] > (share - 0.01) * found.macs[0]  # a channel more of each group is 3 % more
 
 
 def test_all_macs_may_stay():
