@@ -287,6 +287,58 @@ def test_output_counts_a_channel_where_its_way_ends():
     )
 
 
+class Pair(nn.Module):
+    """Two convolutions; the second takes the samples as groups of one sample, as convolutions with weights of their
+    own for each do."""
+
+    def __init__(self, folded):
+        super().__init__()
+        self.conv1, self.conv2, self.folded = nn.Conv2d(2, 5, 3), nn.Conv2d(5, 3, 1, bias=False), folded
+
+    def forward(self, x):
+        x = self.conv1(x).relu()
+        if not self.folded:
+            return self.conv2(x)
+        samples, channels, *size = x.shape
+        weight = self.conv2.weight.repeat(samples, 1, 1, 1)
+        return F.conv2d(x.reshape(1, samples * channels, *size), weight, groups=samples).reshape(samples, -1, *size)
+
+
+@pytest.mark.parametrize("name", ["activation", "variance", "wanda", "flap", "output"])
+def test_samples_that_are_folded_into_the_channels_are_places_of_the_channels(name):
+    plain, folded = settled(Pair(False)), Pair(True).double().eval()
+    folded.load_state_dict(plain.state_dict())
+
+    found = scored(fxc.trace(folded, IMAGES), name, task())
+
+    torch.testing.assert_close(found, scored(fxc.trace(plain, IMAGES), name, task()), rtol=1e-6, atol=0)
+
+
+class Chosen(nn.Module):
+    """A head that gives numbers, and one behind which there is no derivative."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head, self.inner, self.classes = (
+            nn.Linear(4, 6),
+            nn.Linear(6, 3),
+            nn.Linear(6, 5),
+            nn.Linear(5, 3),
+        )
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        return self.head(x), self.classes(self.inner(x).relu()).argmax(1)
+
+
+def test_output_says_nothing_of_channels_without_a_derivative():
+    program = traced(Chosen(), inputs(4, 4))
+
+    groups = [scored(program, "output", task(inputs(8, 4)), group).isnan().all() for group in range(2)]
+
+    assert groups == [False, True]
+
+
 def test_output_needs_no_loss_and_does_not_depend_on_the_scale_of_outputs():
     model, batch = gated(), inputs(6, 4, seed=3)
     plain = scored(traced(model, inputs(2, 4)), "output", fxc.Task(calibration=[batch]))

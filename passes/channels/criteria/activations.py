@@ -55,9 +55,9 @@ class _Seen:
     energies: Scores = field(default_factory=lambda: np.zeros(1))
     calls: int = 0
 
-    def add(self, x: torch.Tensor, dim: int, energy: torch.Tensor) -> None:
-        flat = x.movedim(dim, 0).reshape(x.shape[dim], -1)
-        deviation, mean = torch.var_mean(flat.to(torch.promote_types(x.dtype, torch.float32)), 1, correction=0)
+    def add(self, flat: torch.Tensor, energy: torch.Tensor) -> None:
+        """Takes values ``(elements, places)`` and what reads them, ``(elements,)``."""
+        deviation, mean = torch.var_mean(flat.to(torch.promote_types(flat.dtype, torch.float32)), 1, correction=0)
         rows, centre = flat.shape[1], mean.cpu().double().numpy()
         self.count += rows
         self.sums = self.sums + rows * centre
@@ -106,7 +106,8 @@ class _Observer(fx.Interpreter):
                 for key, value in read.call.arguments.items()
             }
             energy = _ENERGIES[read.call.overload][read.operand](values)
-            self.seen[read].add(values[read.operand], read.dim, energy)
+            flat = read.elements(values[read.operand], read.dim)
+            self.seen[read].add(flat, read.elements(energy, 0).mean(1))
         return super().run_node(n)
 
 

@@ -49,8 +49,9 @@ def output(evidence: Evidence) -> Scores:
     totals = Totals(evidence.report)
     for own in found.values():
         for read in own:
-            scores = _combined([view.seen[read].score for view in views])
-            totals.add(_ended(read, evidence.report), scores / len(own))
+            seen = [view.seen[read] for view in views if view.seen[read].count]
+            if seen:  # no output has a derivative by what is behind argmax, a comparison or detach
+                totals.add(_ended(read, evidence.report), _combined([each.score for each in seen]) / len(own))
     return totals.sum()
 
 
@@ -89,10 +90,8 @@ class _Moments:
     squares: Scores = field(default_factory=lambda: np.zeros(1))
     gradients: Scores = field(default_factory=lambda: np.zeros(1))
 
-    def add(self, values: torch.Tensor, dim: int) -> None:
-        """Takes values whose derivative is known."""
-        assert values.grad is not None
-        flat, slope = (tensor.movedim(dim, 0).flatten(1).float() for tensor in (values.detach(), values.grad))
+    def add(self, flat: torch.Tensor, slope: torch.Tensor) -> None:
+        """Takes values and their derivatives, ``(elements, places)``."""
         self.count += flat.shape[1]
         self.squares = self.squares + flat.square().sum(1).cpu().double().numpy()
         self.gradients = self.gradients + slope.square().sum(1).cpu().double().numpy()
@@ -126,7 +125,8 @@ class _View(fx.Interpreter):
                 total.backward()  # type: ignore[no-untyped-call]
         for read, values in self._given:
             if values.grad is not None:
-                self.seen[read].add(values, read.dim)
+                given, slope = (read.elements(tensor, read.dim) for tensor in (values.detach(), values.grad))
+                self.seen[read].add(given.float(), slope.float())
         self._given.clear()
 
     def run_node(self, n: fx.Node) -> Any:
