@@ -133,11 +133,16 @@ def _run_islands(manager: PassManager, partial: PartialProgram, task: Task | Non
     return slim, merged(type(partial.model).__name__, reports, partial.diagnostics)
 
 
+_ISLANDS_LACK = (
+    ", which is calibrated on the calls that the model makes; training and loss of the task are of the whole"
+)
+
+
 def _run_island(manager: PassManager, path: str, island: Program, task: Task | None) -> Result:
     try:
         return manager.run(island, task)
     except Exception as error:
-        error.add_note(f"in the island {path!r}")
+        error.add_note(f"in the island {path!r}" + (_ISLANDS_LACK if task is not None else ""))
         raise
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from fxcompress.errors import InputError
 from fxcompress.task import Task
@@ -41,19 +42,26 @@ class IslandCalls:
     task: Task
 
     def __iter__(self) -> Iterator[Any]:
+        called = False
         for index, batch in enumerate(self.task.calibration or ()):
             args, kwargs = split_call(self.task.model_inputs(batch))
             try:
                 calls = self._calls(args, kwargs)
             except Exception as error:
                 raise InputError(f"{type(self.host).__name__} fails on calibration batch {index}: {error}") from error
+            called |= bool(calls)
             yield from calls
+        if not called:
+            raise InputError(
+                f"no calibration batch makes {type(self.host).__name__} call its island {self.path!r}; give batches "
+                "that do, or compress the other islands by themselves (PartialProgram.islands, with_islands)"
+            )
 
     def _calls(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         calls: list[Any] = []
         handle = self.host.get_submodule(self.path).register_forward_pre_hook(
-            lambda _, given, named: calls.append((given, named)), with_kwargs=True
-        )
+            lambda _, *given: calls.append(tree_map_only(torch.Tensor, torch.clone, given)), with_kwargs=True
+        )  # clones, as the code around an island may write into what it gave
         try:
             with torch.no_grad(), seeded():
                 self.host(*args, **kwargs)

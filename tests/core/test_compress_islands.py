@@ -80,6 +80,52 @@ def test_islands_are_calibrated_on_what_the_model_calls_them_with(partial):
             torch.testing.assert_close(expected, found, atol=0.05, rtol=0.05)
 
 
+class InPlace(nn.Module):
+    """The code around the island writes into what it gave."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        if x.sum() > 1e9:
+            raise ValueError("too bright")
+        x = x.clone()
+        y = self.block(x)
+        return y + x.mul_(100)
+
+
+def test_calibration_sees_what_islands_were_given_not_what_became_of_it():
+    x = torch.rand(8, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    partial = fxc.trace_islands(InPlace().eval(), x)
+    out = fxc.compress(partial, pipeline="insert-qdq{vnni=true}", task=fxc.Task(calibration=[x]))
+    (scale, *_) = next(
+        node.args[1:] for node in out.program.islands["block"].nodes if "quantize_per_tensor" in str(node.target)
+    )
+    assert scale == pytest.approx(float(x.max()) / 255, rel=0.01)
+
+
+class Rare(nn.Module):
+    """Calls its second layer for bright images only."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        y = self.first(x)
+        return self.second(y) if x.sum() > 100 else y
+
+
+def test_an_island_that_no_calibration_batch_calls_is_named():
+    partial = fxc.trace_islands(Rare().eval(), torch.ones(8, 3, 8, 8))
+    with pytest.raises(
+        fxc.InputError, match="no calibration batch makes Rare call its island 'second'; give"
+    ) as caught:
+        fxc.compress(partial, pipeline="insert-qdq", task=fxc.Task(calibration=[torch.zeros(8, 3, 8, 8)]))
+    assert "training and loss of the task are of the whole" in caught.value.__notes__[-1]
+
+
 def test_calibration_batches_that_the_model_does_not_take(partial):
     task = fxc.Task(calibration=[[torch.randn(4, 7, 7)]], inputs=lambda batch: (batch,))
     with pytest.raises(fxc.InputError, match=r"Detector fails on calibration batch 0: .*channels"):
