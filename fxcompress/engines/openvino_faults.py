@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,20 +15,21 @@ _NEXT_TO_NOTHING = 1e-30
 
 
 def give_biases(model: Any) -> None:
-    """Gives a bias to layers whose result a quantizer reads and something else reads too.
+    """Gives a bias to layers whose result several read, in a model with quantizers.
 
-    Where such a layer computes in integers and has none, the factor that makes real numbers of its sums is put into
-    the quantizer's range and stays before the quantizer as well: what it gives is 0, or next to it.
+    Where such a layer computes in integers and has none, the factor that makes real numbers of its sums is moved
+    behind a reader that lets it pass (a quantizer, a maximum), and stays before it as well: what that gives is 0, or
+    next to it.
     """
     import openvino
     from openvino import opset13 as ops
 
-    for node in model.get_ops():
-        if node.get_type_name() not in _LAYERS or node.get_output_element_type(0) != openvino.Type.f32:
-            continue
-        port = node.output(0)
-        quantizing = {reader == "FakeQuantize" for reader in _readers(port)}
-        if quantizing == {True, False}:
+    nodes = model.get_ops()
+    if not any(node.get_type_name() == "FakeQuantize" for node in nodes):
+        return
+    for node in nodes:
+        port = node.output(0) if node.get_type_name() in _LAYERS else None
+        if port is not None and port.get_element_type() == openvino.Type.f32 and _readers(port) > 1:
             readers, names = port.get_target_inputs(), port.get_names()
             bias = np.full([1] * len(port.get_partial_shape()), _NEXT_TO_NOTHING, np.float32)
             biased = ops.add(port, ops.constant(bias)).output(0)
@@ -39,16 +39,19 @@ def give_biases(model: Any) -> None:
                 reader.replace_source_output(biased)
 
 
-def _readers(port: Any) -> Iterator[str]:
-    """Types of what reads a value, be it in another shape or times a constant."""
-    for target in port.get_target_inputs():
-        node = target.get_node()
-        kind = node.get_type_name()
-        if kind in _PASSING or (kind in _SCALING and _by_constant(node)):
-            yield from _readers(node.output(0))
-        else:
-            yield kind
+def _readers(port: Any) -> int:
+    """How many read a value, be it in another shape, times a constant or plus zero."""
+    nodes = [target.get_node() for target in port.get_target_inputs()]
+    return sum(_readers(node.output(0)) if _passes(node) else 1 for node in nodes)
 
 
-def _by_constant(node: Any) -> bool:
-    return any(node.input_value(index).get_node().get_type_name() == "Constant" for index in (0, 1))
+def _passes(node: Any) -> bool:
+    kind = node.get_type_name()
+    constants = [source for source in map(_constant, node.input_values()) if source is not None]
+    adds_nothing = kind == "Add" and any(not constant.data.any() for constant in constants)
+    return kind in _PASSING or (kind in _SCALING and bool(constants)) or adds_nothing
+
+
+def _constant(port: Any) -> Any | None:
+    node = port.get_node()
+    return node if node.get_type_name() == "Constant" else None

@@ -60,6 +60,19 @@ class Half(nn.Module):
         return x / 2
 
 
+class Pooled(nn.Module):
+    """The maximum of a convolution whose bias is zero, beside its result."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
+        nn.init.zeros_(self.conv.bias)
+
+    def forward(self, x):
+        x = self.conv(self.stem(x).relu())
+        return x, nn.functional.max_pool2d(x, 2)
+
+
 class Normed(nn.Module):
     """A norm that stays a product, as what it reads has another reader, and that a quantizer reads."""
 
@@ -74,7 +87,9 @@ class Normed(nn.Module):
         return self.conv(self.norm(x).relu()) + x.exp()
 
 
-@pytest.mark.parametrize("model", [Parted(), Parted(Half()), Normed()], ids=["parted", "scaled", "normed"])
+@pytest.mark.parametrize(
+    "model", [Parted(), Parted(Half()), Pooled(), Normed()], ids=["parted", "scaled", "pooled", "normed"]
+)
 def test_files_are_written_around_faults_of_openvino(model, tmp_path):
     """What is written is right, and so is what OpenVINO makes of it; ``export`` compares both."""
     program = quantized(model, torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1)), "openvino")
