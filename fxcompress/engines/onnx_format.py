@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from fxcompress.engines.names import Names, Run, RunPieces, pieces_of
 from fxcompress.engines.onnx_blocks import BLOCKS_OPSET, block_translations, pack_blocks
@@ -45,7 +46,7 @@ def write_onnx(module: nn.Module, interface: Interface, path: Path, names: Names
             assert program is not None
             simplify(program.model)
         except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
-            raise ArtifactError(_explain(error)) from error
+            raise ArtifactError(_explain(error, exported)) from error
     model = program.model_proto
     _name_dims(model, names)
     pack_blocks(model)
@@ -53,7 +54,7 @@ def write_onnx(module: nn.Module, interface: Interface, path: Path, names: Names
     onnx.save(model, path)
 
 
-def _explain(error: BaseException) -> str:
+def _explain(error: BaseException, exported: ExportedProgram) -> str:
     causes: list[str] = []
     cause: BaseException | None = error
     while cause is not None:
@@ -62,10 +63,17 @@ def _explain(error: BaseException) -> str:
     found = re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)', overload='(\w+)'\)", "\n".join(causes))
     if found is None:
         return f"ONNX export fails: {causes[-1].splitlines()[0]}; export to .pt2 instead"
+    operator = f"{found[1]}.{found[2]}"
+    numbers = " on complex numbers" if operator in _complex_operators(exported) else ""
     return (
-        f"ONNX export has no translation for the operator {found[1]}.{found[2]}; write it with other operations, or "
+        f"ONNX export has no translation for the operator {operator}{numbers}; write it with other operations, or "
         "export to .pt2 instead"
     )
+
+
+def _complex_operators(exported: ExportedProgram) -> set[str]:
+    made = ((node, node.meta.get("val")) for node in exported.graph.nodes)
+    return {str(node.target) for node, value in made if isinstance(value, torch.Tensor) and value.is_complex()}
 
 
 def _name_dims(model: Any, names: Names) -> None:

@@ -321,6 +321,17 @@ def test_an_operator_that_onnx_lacks_is_named(suffix, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+class Spectrum(nn.Module):
+    def forward(self, x):
+        return torch.einsum("nf,fg->ng", torch.fft.fft(x), torch.ones(3, 3, dtype=torch.complex64)).abs()
+
+
+def test_complex_numbers_are_named_where_they_are_the_reason(tmp_path):
+    program = fxc.trace(Spectrum(), torch.randn(2, 3))
+    with pytest.raises(fxc.ArtifactError, match=r"einsum\.default on complex numbers; write it with"):
+        fxc.export(program, tmp_path / "m.onnx")
+
+
 def test_unknown_suffix_lists_the_known_ones(plain, tmp_path):
     with pytest.raises(
         fxc.InputError, match=r"'\.tflite'.*\.onnx \(ONNX\), \.xml \(OpenVINO IR\), \.pte \(ExecuTorch\), \.pt2"
