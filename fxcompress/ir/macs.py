@@ -93,14 +93,7 @@ def _linear(call: ShapedCall) -> int:
     return _product(call.output) * int(call["input"][-1])
 
 
-@counts(
-    aten.matmul.default,
-    aten.mm.default,
-    aten.bmm.default,
-    aten.mv.default,
-    aten.dot.default,
-    aten.inner.default,
-)
+@counts(aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default)
 def _matmul(call: ShapedCall) -> int:
     return _product(call.output) * int(call["self"][-1])
 
@@ -113,6 +106,12 @@ def _addmm(call: ShapedCall) -> int:
 @counts(aten.baddbmm.default)
 def _baddbmm(call: ShapedCall) -> int:
     return _product(call.output) * int(call["batch1"][-1])
+
+
+@counts(aten.inner.default)
+def _inner(call: ShapedCall) -> int:
+    """A number times a tensor is element-wise work."""
+    return _matmul(call) if call["self"] and call["other"] else 0
 
 
 @counts(aten.tensordot.default)

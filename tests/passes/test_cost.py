@@ -107,6 +107,7 @@ def test_addmm_counts_its_product_alone():
     ("contract", "shapes", "macs"),
     [
         (torch.inner, [(2, 3, 4), (5, 4)], 2 * 3 * 5 * 4),
+        (lambda x, y: torch.inner(x, y[0, 0]), [(2, 3), (1, 1)], 0),
         (lambda x, y: torch.tensordot(x, y, dims=([2, 1], [0, 2])), [(2, 3, 4), (4, 6, 3)], 2 * 6 * 4 * 3),
     ],
 )
