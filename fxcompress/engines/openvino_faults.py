@@ -40,18 +40,11 @@ def give_biases(model: Any) -> None:
 
 
 def _readers(port: Any) -> int:
-    """How many read a value, be it in another shape, times a constant or plus zero."""
+    """How many read a value, be it in another shape or times a constant."""
     nodes = [target.get_node() for target in port.get_target_inputs()]
     return sum(_readers(node.output(0)) if _passes(node) else 1 for node in nodes)
 
 
 def _passes(node: Any) -> bool:
-    kind = node.get_type_name()
-    constants = [source for source in map(_constant, node.input_values()) if source is not None]
-    adds_nothing = kind == "Add" and any(not constant.data.any() for constant in constants)
-    return kind in _PASSING or (kind in _SCALING and bool(constants)) or adds_nothing
-
-
-def _constant(port: Any) -> Any | None:
-    node = port.get_node()
-    return node if node.get_type_name() == "Constant" else None
+    kind, sources = node.get_type_name(), [port.get_node().get_type_name() for port in node.input_values()]
+    return kind in _PASSING or (kind in _SCALING and "Constant" in sources)

@@ -61,7 +61,7 @@ class Half(nn.Module):
 
 
 class Pooled(nn.Module):
-    """The maximum of a convolution whose bias is zero, beside its result."""
+    """The maximum of a convolution whose bias is zero, which files leave out, beside its result."""
 
     def __init__(self):
         super().__init__()
