@@ -20,7 +20,7 @@ from fxcompress.tracing.untouched import seeded
 def island_tasks(partial: PartialProgram, task: Task | None) -> Mapping[str, Task | None]:
     """The task of each island, by its path: calls instead of batches; training and loss are of the model as a whole."""
     if task is None or task.calibration is None:
-        return dict.fromkeys(partial.islands)
+        return dict.fromkeys(partial.islands, None if task is None else Task())
     host = partial.emit()
     return {path: Task(calibration=IslandCalls(host, path, task), inputs=lambda call: call) for path in partial.islands}
 

@@ -63,6 +63,11 @@ def test_the_metric_is_taken_of_the_whole_model(partial):
     assert measure.before > 0
 
 
+def input_scale(island):
+    """The step of the first value that becomes integers."""
+    return next(node.args[1] for node in island.nodes if "quantize_per_tensor" in str(node.target))
+
+
 def test_islands_are_calibrated_on_what_the_model_calls_them_with(partial):
     batches = [images((16, 16), (14, 18)), images((20, 15))]
     out = fxc.compress(
@@ -70,9 +75,7 @@ def test_islands_are_calibrated_on_what_the_model_calls_them_with(partial):
     )
     quantized = {path: is_quantized(island.graph_module) for path, island in out.program.islands.items()}
     assert quantized == {"backbone": True, "scorer": True, "head": True}
-    (scale, *_) = next(
-        node.args[1:] for node in out.program.islands["backbone"].nodes if "quantize_per_tensor" in str(node.target)
-    )
+    scale = input_scale(out.program.islands["backbone"])
     largest = float(max(image.abs().max() for batch in batches for image in batch))
     assert scale == pytest.approx(largest / 127, rel=0.01)  # of all three images, and no other
     with torch.no_grad():
@@ -99,10 +102,7 @@ def test_calibration_sees_what_islands_were_given_not_what_became_of_it():
     x = torch.rand(8, 3, 4, 4, generator=torch.Generator().manual_seed(1))
     partial = fxc.trace_islands(InPlace().eval(), x)
     out = fxc.compress(partial, pipeline="insert-qdq{vnni=true}", task=fxc.Task(calibration=[x]))
-    (scale, *_) = next(
-        node.args[1:] for node in out.program.islands["block"].nodes if "quantize_per_tensor" in str(node.target)
-    )
-    assert scale == pytest.approx(float(x.max()) / 255, rel=0.01)
+    assert input_scale(out.program.islands["block"]) == pytest.approx(float(x.max()) / 255, rel=0.01)
 
 
 class Rare(nn.Module):
@@ -123,6 +123,13 @@ def test_an_island_that_no_calibration_batch_calls_is_named():
         fxc.InputError, match="no calibration batch makes Rare call its island 'second'; give"
     ) as caught:
         fxc.compress(partial, pipeline="insert-qdq", task=fxc.Task(calibration=[torch.zeros(8, 3, 8, 8)]))
+    assert "training and loss of the task are of the whole" in caught.value.__notes__[-1]
+
+
+def test_islands_have_no_training_of_their_own(partial):
+    task = fxc.Task(training=[images((16, 16))], loss=lambda out, batch: out[0].sum())
+    with pytest.raises(fxc.InputError) as caught:
+        fxc.compress(partial, pipeline="train", task=task)
     assert "training and loss of the task are of the whole" in caught.value.__notes__[-1]
 
 
