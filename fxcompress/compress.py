@@ -13,13 +13,13 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from fxcompress.errors import InputError
+from fxcompress.formatting import UNITS
 from fxcompress.ir.program import Program
 from fxcompress.island_calibration import island_tasks
 from fxcompress.manager.pass_manager import PassManager, Result
 from fxcompress.pass_base import Pass
 from fxcompress.pipeline.recipes import choose
 from fxcompress.pipeline.text import Pipeline
-from fxcompress.report.formatting import UNITS
 from fxcompress.report.rows import Measure
 from fxcompress.task import Task, check_task
 from fxcompress.tracing import PartialProgram, trace

@@ -18,13 +18,13 @@ from fxcompress.passes.quantization.nodes import is_quantization
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
+from fxcompress.formatting import BYTES, MACS, PARAMS
 from fxcompress.ir.example_sizes import ExampleSizes
 from fxcompress.ir.layers import BY_OVERLOAD
 from fxcompress.ir.macs import RULES, ShapedCall
 from fxcompress.ir.ops import Operation, operation, state_read
 from fxcompress.ir.program import Program
 from fxcompress.pass_base import Analysis
-from fxcompress.report.formatting import BYTES, MACS, PARAMS
 from fxcompress.task import Task
 
 

@@ -11,8 +11,8 @@ from fxcompress.cli.options import MODEL_HELP, add, command, loaded, parts, part
 from fxcompress.cli.terminal import Terminal
 from fxcompress.engines.bench import EngineRow, bench
 from fxcompress.engines.compile import ENGINES
+from fxcompress.formatting import BYTES, counted
 from fxcompress.ir.program import Program
-from fxcompress.report.formatting import BYTES, counted
 from fxcompress.tracing import PartialProgram
 from fxcompress.verification.numerics import Comparison
 

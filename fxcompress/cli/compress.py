@@ -22,11 +22,11 @@ from fxcompress.engines.export import export
 from fxcompress.engines.integers import is_quantized
 from fxcompress.engines.latency import Latency, measure
 from fxcompress.errors import FxCompressError, InputError
+from fxcompress.formatting import BYTES, counted, measured, seconds
 from fxcompress.ir.program import Program
 from fxcompress.pipeline.recipes import choose, recipe
 from fxcompress.pipeline.text import Pipeline
 from fxcompress.report import Measure, Report
-from fxcompress.report.formatting import BYTES, counted, measured, seconds
 from fxcompress.staging import staged
 from fxcompress.task import Task
 from fxcompress.tracing import PartialProgram

@@ -11,9 +11,9 @@ from torch import fx
 
 from fxcompress.cli.options import MODEL_HELP, add, command, loaded, parts, parts_line, traced_or_islands
 from fxcompress.cli.terminal import Terminal
+from fxcompress.formatting import BYTES, MACS, PARAMS, counted
 from fxcompress.ir.program import Diagnostic, Program
 from fxcompress.report.build import match_layers
-from fxcompress.report.formatting import BYTES, MACS, PARAMS, counted
 from fxcompress.report.rows import Figures, LayerRow
 from fxcompress.report.text import by_depth
 from fxcompress.tracing import PartialProgram

@@ -10,9 +10,9 @@ from fxcompress.cli.example_inputs import BATCH, SYNTAX
 from fxcompress.cli.models import FORMS, LoadedModel, load_model
 from fxcompress.cli.terminal import Terminal
 from fxcompress.errors import CaptureError
+from fxcompress.formatting import counted
 from fxcompress.ir.program import Program
 from fxcompress.pipeline.recipes import RECIPES
-from fxcompress.report.formatting import counted
 from fxcompress.tracing import PartialProgram, trace, trace_islands
 
 _OPTIONS: dict[str, dict[str, Any]] = {

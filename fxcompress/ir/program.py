@@ -12,6 +12,8 @@ from torch import fx, nn
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from fxcompress.formatting import PARAMS, counted
+
 if TYPE_CHECKING:
     from fxcompress.pass_base import Analysis
 
@@ -172,9 +174,13 @@ class Program:
         return program_text(self)
 
     def __repr__(self) -> str:
+        return f"Program({self.name}: {self.summary()})"
+
+    def summary(self) -> str:
+        """How much there is of it, in words: ``69 operations, 11.690 M parameters``."""
         calls = sum(node.op in ("call_module", "call_function") for node in self.nodes)
-        parameters = {id(p): p.numel() for p in self.graph_module.parameters()}
-        return f"Program({self.name}: {calls} operations, {sum(parameters.values()) / 1e6:.3f} M parameters)"
+        parameters = sum(parameter.numel() for parameter in self.graph_module.parameters())
+        return f"{counted(calls, 'operation')}, {PARAMS.text(parameters)} parameters"
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from fxcompress.report import formatting
+from fxcompress import formatting
 from fxcompress.report.rows import Figures, LayerFigures, LayerRow
 
 WIDTH, HEIGHT = 640.0, 180.0

@@ -6,7 +6,7 @@ from functools import cache
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fxcompress.report import formatting
+from fxcompress import formatting
 from fxcompress.report.charts import HEIGHT, WIDTH, charts, shares
 from fxcompress.report.model import Report
 from fxcompress.report.rows import Status

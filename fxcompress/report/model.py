@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike
 
+from fxcompress.formatting import counted, measured
 from fxcompress.ir.program import Diagnostic
 from fxcompress.pass_base import Refusal
-from fxcompress.report.formatting import counted, measured
 from fxcompress.report.rows import Figures, LayerRow, Measure, PassRow, Status
 from fxcompress.staging import staged
 

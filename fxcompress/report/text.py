@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from tabulate import tabulate
 
 from fxcompress.errors import InputError
-from fxcompress.report.formatting import BYTES, MACS, PARAMS, arrow, counted, measured, seconds
+from fxcompress.formatting import BYTES, MACS, PARAMS, arrow, counted, measured, seconds
 from fxcompress.report.model import Report
 from fxcompress.report.rows import Figures, LayerFigures, LayerRow, Status
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from fxcompress.errors import CaptureError, FxCompressError, InputError, VerificationError
+from fxcompress.formatting import counted
 from fxcompress.ir.emit import with_signature
 from fxcompress.ir.program import Diagnostic, Program
 from fxcompress.tracing.inputs import prepare, split_call
@@ -28,7 +29,7 @@ from fxcompress.verification.numerics import compare_outputs, rounding_tolerance
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PartialProgram:
     """A model of which only parts are Programs.
 
@@ -40,10 +41,10 @@ class PartialProgram:
         diagnostics: What was left in Python, and why.
     """
 
-    model: nn.Module = field(repr=False)
+    model: nn.Module
     islands: Mapping[str, Program]
-    args: tuple[Any, ...] = field(repr=False)
-    kwargs: dict[str, Any] = field(repr=False)
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     diagnostics: tuple[Diagnostic, ...] = ()
 
     def emit(self) -> nn.Module:
@@ -64,6 +65,10 @@ class PartialProgram:
         if set(islands) != set(self.islands):
             raise InputError(f"the islands of this model are {sorted(self.islands)}, not {sorted(islands)}")
         return replace(self, islands=dict(islands))
+
+    def __repr__(self) -> str:
+        islands = ", ".join(f"{path} ({island.summary()})" for path, island in self.islands.items())
+        return f"PartialProgram({type(self.model).__name__}: {counted(len(self.islands), 'island')}: {islands})"
 
 
 def trace_islands(model: nn.Module, example_inputs: Any) -> PartialProgram:

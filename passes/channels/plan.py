@@ -16,10 +16,10 @@ from tabulate import tabulate
 
 from fxcompress.analysis import latest
 from fxcompress.errors import InputError
+from fxcompress.formatting import MACS, counted
 from fxcompress.ir.ops import get_module
 from fxcompress.ir.program import Program
 from fxcompress.pass_base import Refusal
-from fxcompress.report.formatting import MACS, counted
 
 FORMAT = 1
 

@@ -56,6 +56,14 @@ def test_what_was_left_in_python_is_named(detector):
     assert [(d.code, d.path) for d in partial.diagnostics] == [("left-in-python", "first")]
 
 
+def test_repr_names_the_islands(detector):
+    partial = fxc.trace_islands(detector, (images((16, 16)),))
+    assert repr(partial) == (
+        "PartialProgram(Detector: 3 islands: "
+        "backbone (3 operations, 240 parameters), scorer (1 operation, 9 parameters), head (1 operation, 36 parameters))"
+    )
+
+
 def test_islands_can_be_compressed(detector):
     partial = fxc.trace_islands(detector, (images((16, 16)),))
     manager = fxc.PassManager("fold-batchnorm")

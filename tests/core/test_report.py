@@ -10,10 +10,10 @@ from torch import nn
 
 import fxcompress as fxc
 from fxcompress.errors import ArtifactError, InputError
+from fxcompress.formatting import BYTES, MACS, PARAMS, arrow, counted, measured, relative_change, seconds
 from fxcompress.manager.pass_manager import PassManager
 from fxcompress.report import Figures, LayerFigures, LayerRow, Measure, Report, Status, build_report
 from fxcompress.report.build import LayerCost, match_layers
-from fxcompress.report.formatting import BYTES, MACS, PARAMS, arrow, counted, measured, relative_change, seconds
 from fxcompress.verification.numerics import Comparison
 
 

@@ -402,7 +402,7 @@ def test_low_precision_models():
 
 def test_repr_and_text_say_what_it_is():
     program = fxc.trace(nn.Sequential(nn.Linear(4, 2), nn.ReLU()), torch.randn(2, 4))
-    assert repr(program) == "Program(Sequential: 2 operations, 0.000 M parameters)"
+    assert repr(program) == "Program(Sequential: 2 operations, 10 parameters)"
     assert program.text() == (
         "%input_1 : f32[s0,4] = input\n"
         "%_0 : f32[s0,2] = 0[Linear(in_features=4, out_features=2, bias=True)](%input_1)\n"
