@@ -59,8 +59,8 @@ def test_what_was_left_in_python_is_named(detector):
 def test_repr_names_the_islands(detector):
     partial = fxc.trace_islands(detector, (images((16, 16)),))
     assert repr(partial) == (
-        "PartialProgram(Detector: 3 islands: "
-        "backbone (3 operations, 240 parameters), scorer (1 operation, 9 parameters), head (1 operation, 36 parameters))"
+        "PartialProgram(Detector: 3 islands: backbone (3 operations, 240 parameters), "
+        "scorer (1 operation, 9 parameters), head (1 operation, 36 parameters))"
     )
 
 

@@ -11,6 +11,7 @@ from fxcompress import errors
 ROOT = Path(__file__).parents[2]
 MACHINE = sorted((ROOT / "fxcompress").rglob("*.py"))
 KNOWLEDGE = sorted((ROOT / "passes").rglob("*.py"))
+AROUND = sorted([*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
 
 
 def relative(path):
@@ -49,6 +50,10 @@ def test_the_machine_does_not_import_passes(path):
 def test_every_file(path):
     assert not [name for name in imports(path) if name.split(".")[0] in ("passes", "pickle")]
     assert not {"print", "eval", "exec"} & set(calls(path))
+
+
+@pytest.mark.parametrize("path", MACHINE + KNOWLEDGE + AROUND, ids=relative)
+def test_every_file_has_one_subject(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
     assert path.name != "utils.py"
 
