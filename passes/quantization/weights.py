@@ -67,9 +67,9 @@ def channel_scales(layer: WeightedLayer, input_scale: float, bits: int = 8, pair
 def _pair_sums(layer: WeightedLayer, weight: torch.Tensor) -> torch.Tensor:
     """The largest magnitude of the sum of two weights whose products are added first, one for each scale."""
     parts = layer.layout.split(weight).movedim(2, -1)  # (groups, outputs, *kernel, inputs)
-    inputs = parts.shape[-1]
+    groups, outputs, inputs = parts.shape[0], parts.shape[1], parts.shape[-1]
     rows = parts.transpose(0, 1).flatten(1) if layer.layout.transposed else parts.flatten(0, 1).flatten(1)
-    if inputs == 1:  # depthwise kernels multiply by themselves
+    if groups > 1 and inputs == outputs == 1:  # depthwise kernels add one product at a time; with more outputs none is
         return rows.new_zeros(len(rows))
     return rows.unfold(1, 2, 1 if inputs % 2 else 2).sum(-1).abs().amax(1)
 

@@ -44,6 +44,17 @@ def test_a_depthwise_convolution_uses_the_whole_grid():
     torch.testing.assert_close(scales, model.weight.detach().abs().flatten(1).amax(1) / 127)
 
 
+@pytest.mark.parametrize("model", [nn.Conv2d(6, 12, 3, groups=6), nn.Conv2d(1, 4, 3), nn.Conv2d(1, 1, 3)], ids=str)
+def test_neighbours_of_one_input_are_places_of_the_kernel(model):
+    """Only a convolution of many groups with one input and one output each has kernels that add nothing in 16 bits."""
+    nn.init.uniform_(model.weight, 0.5, 1.0)
+    layer = layer_of(model, 2, model.in_channels, 5, 5)
+    integers = (model.weight / channel_scales(layer, 0.1).view(-1, 1, 1, 1)).round().flatten(1)
+    pairs = (integers[:, 1:] + integers[:, :-1]).abs()
+    assert 255 * pairs.max() <= 2**15 - 1
+    assert pairs.max() >= 120
+
+
 def test_neighbours_of_different_signs_use_the_whole_grid():
     model = nn.Linear(4, 2)
     with torch.no_grad():
