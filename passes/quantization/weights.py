@@ -69,7 +69,8 @@ def _pair_sums(layer: WeightedLayer, weight: torch.Tensor) -> torch.Tensor:
     parts = layer.layout.split(weight).movedim(2, -1)  # (groups, outputs, *kernel, inputs)
     groups, outputs, inputs = parts.shape[0], parts.shape[1], parts.shape[-1]
     rows = parts.transpose(0, 1).flatten(1) if layer.layout.transposed else parts.flatten(0, 1).flatten(1)
-    if groups > 1 and inputs == outputs == 1:  # depthwise kernels add one product at a time; with more outputs none is
+    depthwise = groups > 1 and inputs == outputs == 1  # its kernels add one product at a time
+    if depthwise or rows.shape[1] == 1:
         return rows.new_zeros(len(rows))
     return rows.unfold(1, 2, 1 if inputs % 2 else 2).sum(-1).abs().amax(1)
 

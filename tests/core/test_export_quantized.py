@@ -87,9 +87,21 @@ class Normed(nn.Module):
         return self.conv(self.norm(x).relu()) + x.exp()
 
 
-@pytest.mark.parametrize(
-    "model", [Parted(), Parted(Half()), Pooled(), Normed()], ids=["parted", "scaled", "pooled", "normed"]
-)
+class Windows(nn.Module):
+    """Overlapping windows, which files gather with a table of indices, of what a layer gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        return self.last(self.conv(self.stem(x).relu()).unfold(2, 4, 2).mean(-1))
+
+
+FAULTS = {"parted": Parted(), "scaled": Parted(Half()), "pooled": Pooled(), "normed": Normed(), "windows": Windows()}
+
+
+@pytest.mark.parametrize("model", FAULTS.values(), ids=FAULTS)
 def test_files_are_written_around_faults_of_openvino(model, tmp_path):
     """What is written is right, and so is what OpenVINO makes of it; ``export`` compares both."""
     program = quantized(model, torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1)), "openvino")

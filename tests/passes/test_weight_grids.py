@@ -55,6 +55,14 @@ def test_neighbours_of_one_input_are_places_of_the_kernel(model):
     assert pairs.max() >= 120
 
 
+@pytest.mark.parametrize("model", [nn.Conv2d(6, 12, 1, groups=6), nn.Linear(1, 3)], ids=str)
+def test_a_single_weight_has_no_neighbour(model):
+    shape = (2, 6, 5, 5) if model.weight.dim() > 2 else (2, 1)
+    nn.init.zeros_(model.bias)
+    scales = channel_scales(layer_of(model, *shape), 0.1)
+    torch.testing.assert_close(scales, (model.weight.detach().abs().flatten(1)[:, 0] / 127).expand_as(scales))
+
+
 def test_neighbours_of_different_signs_use_the_whole_grid():
     model = nn.Linear(4, 2)
     with torch.no_grad():
