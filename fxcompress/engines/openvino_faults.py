@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,8 @@ def _give_biases(model: Any) -> None:
         port = node.output(0) if node.get_type_name() in _LAYERS else None
         if port is not None and port.get_element_type() == openvino.Type.f32 and _readers(port) > 1:
             bias = np.full([1] * len(port.get_partial_shape()), _NEXT_TO_NOTHING, np.float32)
-            _replace(port, lambda port, bias=bias: ops.add(port, ops.constant(bias)))
+            readers = port.get_target_inputs()  # before the sum is one of them
+            _replace(port, readers, ops.add(port, ops.constant(bias)).output(0))
 
 
 def _readers(port: Any) -> int:
@@ -62,7 +63,7 @@ def _flatten_indices(model: Any) -> None:
             values, indices, axis = node.input_values()
             row = ops.reshape(indices, ops.constant(np.array([-1], np.int64)), special_zero=False)
             shaped = ops.reshape(ops.gather(values, row, axis), ops.constant(shape), special_zero=True)
-            _replace(node.output(0), lambda _, shaped=shaped: shaped)
+            _replace(node.output(0), node.output(0).get_target_inputs(), shaped.output(0))
 
 
 def _result_shape(gather: Any) -> np.ndarray[Any, Any] | None:
@@ -76,10 +77,9 @@ def _result_shape(gather: Any) -> np.ndarray[Any, Any] | None:
     return np.array(shape, np.int64) if shape.count(-1) <= 1 else None
 
 
-def _replace(port: Any, computed: Callable[[Any], Any]) -> None:
-    """Lets all readers of a value read what is computed from it, which gets its names."""
-    readers, names = port.get_target_inputs(), port.get_names()
-    other = computed(port).output(0)
+def _replace(port: Any, readers: Iterable[Any], other: Any) -> None:
+    """Lets readers of a value read what takes its place and its names."""
+    names = port.get_names()
     port.set_names(set())
     other.set_names(names)
     for reader in readers:
