@@ -53,7 +53,8 @@ ENGINE_SQNR_DB = 40.0
 
 _SATURATED = (
     "The file is right, but the engine's integer kernels are not: where the processor has no VNNI, sums of full-range "
-    "8-bit weights saturate; quantize with insert-qdq{weight-bits=7}, or for another target"
+    "8-bit weights saturate, which insert-qdq{weight-bits=7} avoids; where that is not it, the engine is at fault: "
+    "keep layers in floating point (skip), or quantize for another target"
 )
 _UNKNOWN = "Quantize for another target, or export to another format"
 

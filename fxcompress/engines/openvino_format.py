@@ -14,7 +14,7 @@ from fxcompress.engines.names import Names, Run, RunPieces, pieces_of
 from fxcompress.engines.onnx_blocks import block_sizes
 from fxcompress.engines.onnx_format import write_onnx
 from fxcompress.engines.onnx_integers import drop_zero_points
-from fxcompress.engines.openvino_faults import write_around
+from fxcompress.engines.openvino_faults import give_biases
 from fxcompress.errors import ArtifactError
 from fxcompress.ir.program import Interface
 
@@ -33,7 +33,7 @@ def write_openvino(module: fx.GraphModule, interface: Interface, path: Path, nam
         write_onnx(module, interface, onnx_file, names)
         drop_zero_points(onnx_file)
         model = openvino.convert_model(onnx_file)
-        write_around(model)
+        give_biases(model)
         openvino.save_model(model, path, compress_to_fp16=False)
 
 

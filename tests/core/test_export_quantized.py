@@ -88,14 +88,15 @@ class Normed(nn.Module):
 
 
 class Windows(nn.Module):
-    """Overlapping windows, which files gather with a table of indices, of what a layer gives."""
+    """Overlapping windows, which files gather with a table of indices, of what a layer without a bias gives."""
 
     def __init__(self):
         super().__init__()
-        self.stem, self.conv, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.stem, self.conv, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1, bias=False), nn.Conv2d(8, 4, 1)
 
     def forward(self, x):
-        return self.last(self.conv(self.stem(x).relu()).unfold(2, 4, 2).mean(-1))
+        x = nn.functional.pad(self.conv(self.stem(x).relu()), [1] * 4)
+        return self.last(x.unfold(2, 4, 2).mean(-1))
 
 
 FAULTS = {"parted": Parted(), "scaled": Parted(Half()), "pooled": Pooled(), "normed": Normed(), "windows": Windows()}
