@@ -14,7 +14,7 @@ from fxcompress.engines.names import Names, Run, RunPieces, pieces_of
 from fxcompress.engines.onnx_blocks import block_sizes
 from fxcompress.engines.onnx_format import write_onnx
 from fxcompress.engines.onnx_integers import drop_zero_points
-from fxcompress.engines.openvino_faults import give_biases
+from fxcompress.engines.openvino_faults import write_around_faults
 from fxcompress.errors import ArtifactError
 from fxcompress.ir.program import Interface
 
@@ -33,7 +33,7 @@ def write_openvino(module: fx.GraphModule, interface: Interface, path: Path, nam
         write_onnx(module, interface, onnx_file, names)
         drop_zero_points(onnx_file)
         model = openvino.convert_model(onnx_file)
-        give_biases(model)
+        write_around_faults(model)
         openvino.save_model(model, path, compress_to_fp16=False)
 
 
@@ -48,12 +48,18 @@ def openvino_pieces(path: Path, names: Names, cuts: Collection[str]) -> RunPiece
     """Runs a file in float32, cut at values: what reads one reads an input in its place.
 
     Outside its integer mode OpenVINO 2026.4 divides by the factor of a product that it fuses into a quantizer
-    (``Multiply`` by one number a channel, then ``FakeQuantize``), so quantizers are kept apart from what they read.
+    (``Multiply`` by one number a channel, then ``FakeQuantize``), so quantizers are kept apart from what they read;
+    and it does not compile a convolution of one place with integer weights, whose input was given its places before.
+    So weights are made real first.
     """
     import openvino
     from openvino import opset13 as ops
+    from openvino.passes import ConstantFolding, Manager
 
     model = openvino.Core().read_model(path)
+    folding = Manager()
+    folding.register_pass(ConstantFolding())
+    folding.run_passes(model)
     ports = [port for node in model.get_ops() for port in node.outputs()]
     found = {name: port for port in ports for name in sorted(port.get_names() & set(cuts))[:1]}
     forced = {name: f"{name}_forced" for name in found}

@@ -99,7 +99,43 @@ class Windows(nn.Module):
         return self.last(x.unfold(2, 4, 2).mean(-1))
 
 
-FAULTS = {"parted": Parted(), "scaled": Parted(Half()), "pooled": Pooled(), "normed": Normed(), "windows": Windows()}
+class Between(nn.Module):
+    """Something between two layers in integers, the first of which another one reads, too."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.stem, self.conv, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+        self.between = between
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.last(self.between(x)), self.conv(x)
+
+
+def padded_mean(x):
+    return nn.functional.avg_pool2d(x, 3, stride=2, padding=1)
+
+
+def greatest(x):
+    return x.amax((2, 3), keepdim=True).sigmoid()
+
+
+def least(x):
+    return nn.functional.gelu(x.amin(1, keepdim=True)).expand_as(x)
+
+
+def places_again(x):
+    return x.mean((2, 3))[:, :, None, None]
+
+
+FAULTS = {
+    "parted": Parted(),
+    "scaled": Parted(Half()),
+    "pooled": Pooled(),
+    "normed": Normed(),
+    "windows": Windows(),
+    **{between.__name__: Between(between) for between in (padded_mean, greatest, least, places_again)},
+}
 
 
 @pytest.mark.parametrize("model", FAULTS.values(), ids=FAULTS)
