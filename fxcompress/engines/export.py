@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path
 from fxcompress.engines.formats import Format, format_of
 from fxcompress.engines.integers import is_quantized, with_integer_weights, without_quantization
 from fxcompress.engines.names import Names, RunPieces
-from fxcompress.engines.pieces import Rounded, check_rounded, rounded_values
+from fxcompress.engines.pieces import check_rounded, rounded_values
 from fxcompress.errors import (
     ArtifactError,
     CaptureError,
@@ -149,10 +150,7 @@ def _write(module: fx.GraphModule, interface: Interface, file: Path, target: For
         exact: list[Any] = [None for _ in expected]
         if is_quantized(module) and target.own_kernels:
             if target.open_pieces is not None:
-                points = [rounded_values(module, interface, names.outputs, call) for call in calls]
-                with _engine(file):
-                    run_pieces = target.open_pieces(staging, names, points[0].keys())
-                _check_pieces(file, names, run_pieces, calls, expected, points)
+                _check_pieces(file, partial(target.open_pieces, staging), module, interface, names, calls, expected)
             exact = [_tensors(output) for output in _outputs(without_quantization(module), calls)]
             if target.finish is not None:
                 target.finish(staging)
@@ -214,24 +212,29 @@ def _check_dtypes(tensors: list[torch.Tensor], target: Format) -> None:
 
 def _check_pieces(
     file: Path,
+    open_pieces: Callable[[Names, Collection[str]], RunPieces],
+    module: fx.GraphModule,
+    interface: Interface,
     names: Names,
-    run_pieces: RunPieces,
     calls: list[Any],
     expected: list[list[torch.Tensor]],
-    points: list[dict[str, Rounded]],
 ) -> None:
     """Raises :class:`VerificationError` where a file is off between one quantizer and the next.
 
     Args:
         file: For messages.
-        names: For messages.
-        run_pieces: Runs the file, cut at its quantizers.
+        open_pieces: Opens the file, cut at values.
+        module: What the file was written of.
+        interface: How it is called.
+        names: Names in the file.
         calls: Inputs.
         expected: The model's outputs for each.
-        points: What the model's quantizers give for each.
     """
-    for call, reference, rounded in zip(calls, expected, points, strict=True):
+    run_pieces = None
+    for call, reference in zip(calls, expected, strict=True):
+        rounded = rounded_values(module, interface, names.outputs, call)  # those of one call at a time: they are many
         with _engine(file):
+            run_pieces = run_pieces or open_pieces(names, rounded.keys())
             outputs, found = run_pieces(_tensors(call), {name: point.value for name, point in rounded.items()})
         try:
             check_rounded(rounded, found)
