@@ -15,11 +15,13 @@ aten = torch.ops.aten
 
 
 def settle(exported: ExportedProgram) -> None:
-    """Rewrites, in place, what torch.onnx has no or a wrong translation for."""
+    """Rewrites, in place, what torch.onnx has no or a wrong translation for, or an engine cannot read as translated."""
     _settle_attention(exported)
     for target in (aten.split.Tensor, aten.chunk.default):
         for node in exported.graph.find_nodes(op="call_function", target=target):
             _settle_split(node)
+    for node in exported.graph.find_nodes(op="call_function", target=aten.pad.default):
+        _settle_circular_pad(node)
 
 
 def _settle_attention(exported: ExportedProgram) -> None:
@@ -64,8 +66,23 @@ def _settle_split(node: fx.Node) -> None:
     graph.erase_node(node)
 
 
+def _settle_circular_pad(node: fx.Node) -> None:
+    """Writes padding with what is at the other end as slices joined: OpenVINO has no such mode."""
+    arguments = bind(aten.pad.default, node.args, node.kwargs)
+    if arguments["mode"] != "circular":
+        return
+    graph, value, pad = node.graph, arguments["self"], arguments["pad"]
+    with graph.inserting_before(node):
+        for dim, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True), 1):
+            first = [_call(graph, aten.slice.Tensor, value, -dim, -before)] if before else []
+            last = [_call(graph, aten.slice.Tensor, value, -dim, 0, after)] if after else []
+            value = _call(graph, aten.cat.default, [*first, value, *last], -dim)
+    node.replace_all_uses_with(value)
+    graph.erase_node(node)
+
+
 def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
-    """Arithmetic on sizes, with its value."""
+    """A call with its value."""
     made = graph.call_function(target, args)
-    made.meta["val"] = target(*(arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args))
+    made.meta["val"] = target(*fx.node.map_arg(args, lambda node: node.meta["val"]))
     return made

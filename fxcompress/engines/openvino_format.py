@@ -32,7 +32,13 @@ def write_openvino(module: fx.GraphModule, interface: Interface, path: Path, nam
         onnx_file = Path(folder) / "model.onnx"
         write_onnx(module, interface, onnx_file, names)
         drop_zero_points(onnx_file)
-        model = openvino.convert_model(onnx_file)
+        try:
+            model = openvino.convert_model(onnx_file)
+        except Exception as error:  # OpenVINO's exceptions share no base class
+            reason = str(error).strip().splitlines()[-1].lstrip("- ")
+            raise ArtifactError(
+                f"OpenVINO cannot read it ({reason}); write that with other operations, or export to ONNX"
+            ) from error
         write_around_faults(model)
         openvino.save_model(model, path, compress_to_fp16=False)
 

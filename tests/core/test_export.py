@@ -86,7 +86,15 @@ class BothAtOnce(nn.Module):
         return one - other, left * right
 
 
+class Around(nn.Module):
+    """Both ends of an image meet; one dim is padded at one end only."""
+
+    def forward(self, x):
+        return nn.functional.pad(x, (1, 2, 3, 0), mode="circular")
+
+
 MODELS = {
+    "around": (Around, torch.randn(2, 3, 6, 6), None),
     "both at once": (BothAtOnce, (torch.randn(2, 4), torch.randn(2, 4)), None),
     "windows": (WindowAttention, torch.randn(2, 8, 8), None),
     "t5": (small_t5, ((), {"input_ids": torch.randint(0, 11, (2, 5)), "attention_mask": torch.ones(2, 5)}), None),
@@ -318,6 +326,18 @@ def test_an_operator_that_onnx_lacks_is_named(suffix, tmp_path):
     program = fxc.trace(Bessel(), torch.randn(2, 3))
     with pytest.raises(fxc.ArtifactError, match=rf"m\{suffix} cannot be written: .*bessel_i1e\.default; write it with"):
         fxc.export(program, tmp_path / f"m{suffix}")
+    assert list(tmp_path.iterdir()) == []
+
+
+class Volume(nn.Module):
+    def forward(self, x):
+        return torch.linalg.det(x)
+
+
+def test_an_operator_that_openvino_lacks_is_named(tmp_path):
+    program = fxc.trace(Volume(), torch.randn(2, 3, 3))
+    with pytest.raises(fxc.ArtifactError, match=r"m\.xml cannot be written: OpenVINO cannot read it \(No .* Det-\d+\)"):
+        fxc.export(program, tmp_path / "m.xml")
     assert list(tmp_path.iterdir()) == []
 
 
