@@ -69,9 +69,9 @@ def _settle_split(node: fx.Node) -> None:
 def _settle_circular_pad(node: fx.Node) -> None:
     """Writes padding with what is at the other end as slices joined: OpenVINO has no such mode."""
     arguments = bind(aten.pad.default, node.args, node.kwargs)
-    if arguments["mode"] != "circular":
-        return
     graph, value, pad = node.graph, arguments["self"], arguments["pad"]
+    if arguments["mode"] != "circular" or not all(isinstance(amount, int) and amount >= 0 for amount in pad):
+        return
     with graph.inserting_before(node):
         for dim, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True), 1):
             first = [_call(graph, aten.slice.Tensor, value, -dim, -before)] if before else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -77,7 +77,8 @@ def _keep_extremes_apart(model: Any) -> None:
             _replace(port, readers, ops.maximum(port, port).output(0))
 
 
-def _replace(port: Any, readers: Any, by: Any) -> None:
+def _replace(port: Any, readers: Iterable[Any], by: Any) -> None:
+    """Lets readers of a value read what takes its place and its names."""
     names = port.get_names()
     port.set_names(set())
     by.set_names(names)

@@ -22,6 +22,7 @@ from fxcompress.ir.program import Interface
 def write_openvino(module: fx.GraphModule, interface: Interface, path: Path, names: Names) -> None:
     """Writes a module that is in eval mode."""
     import openvino
+    from openvino.frontend import OpConversionFailure
 
     if odd := sorted(size for size in block_sizes(module) if size % 2):
         raise ArtifactError(
@@ -34,7 +35,7 @@ def write_openvino(module: fx.GraphModule, interface: Interface, path: Path, nam
         drop_zero_points(onnx_file)
         try:
             model = openvino.convert_model(onnx_file)
-        except Exception as error:  # OpenVINO's exceptions share no base class
+        except OpConversionFailure as error:
             reason = str(error).strip().splitlines()[-1].lstrip("- ")
             raise ArtifactError(
                 f"OpenVINO cannot read it ({reason}); write that with other operations, or export to ONNX"
