@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_structure
 from torch.utils._sympy.value_ranges import ValueRanges
 
+from fxcompress.engines.circular_pad import join_circular_pads
 from fxcompress.engines.integers import QUANTIZED, is_call
 from fxcompress.engines.names import Names, Run
 from fxcompress.engines.quiet import quiet
@@ -75,6 +76,7 @@ def write_executorch(module: fx.GraphModule, interface: Interface, path: Path, n
     exported = reexport(TensorOutputs(flat).eval(), _of_tensors(interface, names))
     _bound(exported)
     _dequantize_for_each(exported.graph)
+    join_circular_pads(exported.graph)
     try:
         with quiet("torch.utils._pytree", "executorch", "torchao"):
             path.write_bytes(_lowered(exported))

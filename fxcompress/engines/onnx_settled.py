@@ -9,6 +9,8 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from fxcompress.engines.circular_pad import join_circular_pads
+from fxcompress.engines.valued_call import valued_call
 from fxcompress.ir.ops import bind
 
 aten = torch.ops.aten
@@ -20,8 +22,7 @@ def settle(exported: ExportedProgram) -> None:
     for target in (aten.split.Tensor, aten.chunk.default):
         for node in exported.graph.find_nodes(op="call_function", target=target):
             _settle_split(node)
-    for node in exported.graph.find_nodes(op="call_function", target=aten.pad.default):
-        _settle_circular_pad(node)
+    join_circular_pads(exported.graph)
 
 
 def _settle_attention(exported: ExportedProgram) -> None:
@@ -54,35 +55,13 @@ def _settle_split(node: fx.Node) -> None:
     graph = node.graph
     with graph.inserting_before(node):
         if node.target is aten.chunk.default:  # so many pieces, the last of which may be smaller
-            rows = _call(graph, aten.sym_size.int, source, dim)
-            size = _call(graph, operator.floordiv, _call(graph, operator.add, rows, size - 1), size)
+            rows = valued_call(graph, aten.sym_size.int, source, dim)
+            size = valued_call(graph, operator.floordiv, valued_call(graph, operator.add, rows, size - 1), size)
         for user in list(node.users):
             index: Any = user.args[1]
-            start, end = (_call(graph, operator.mul, size, place) for place in (index, index + 1))
+            start, end = (valued_call(graph, operator.mul, size, place) for place in (index, index + 1))
             piece = graph.call_function(aten.slice.Tensor, (source, dim, start, end))
             piece.meta = dict(user.meta)
             user.replace_all_uses_with(piece)
             graph.erase_node(user)
     graph.erase_node(node)
-
-
-def _settle_circular_pad(node: fx.Node) -> None:
-    """Writes padding with what is at the other end as slices joined: OpenVINO has no such mode."""
-    arguments = bind(aten.pad.default, node.args, node.kwargs)
-    graph, value, pad = node.graph, arguments["self"], arguments["pad"]
-    if arguments["mode"] != "circular" or not all(isinstance(amount, int) and amount >= 0 for amount in pad):
-        return
-    with graph.inserting_before(node):
-        for dim, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True), 1):
-            first = [_call(graph, aten.slice.Tensor, value, -dim, -before)] if before else []
-            last = [_call(graph, aten.slice.Tensor, value, -dim, 0, after)] if after else []
-            value = _call(graph, aten.cat.default, [*first, value, *last], -dim)
-    node.replace_all_uses_with(value)
-    graph.erase_node(node)
-
-
-def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
-    """A call with its value."""
-    made = graph.call_function(target, args)
-    made.meta["val"] = target(*fx.node.map_arg(args, lambda node: node.meta["val"]))
-    return made

@@ -87,10 +87,11 @@ class BothAtOnce(nn.Module):
 
 
 class Around(nn.Module):
-    """Both ends of an image meet; one dim is padded at one end only."""
+    """Both ends of an image meet; one dim is padded at one end only, or cut."""
 
     def forward(self, x):
-        return nn.functional.pad(x, (1, 2, 3, 0), mode="circular")
+        padded, cut = (nn.functional.pad(x, pad, mode="circular") for pad in ((1, 2, 3, 0), (-1, 2, 1, -2)))
+        return padded, cut
 
 
 MODELS = {
