@@ -29,14 +29,17 @@ def _give_biases(model: Any) -> None:
 
     Where such a layer computes in integers and has none, the factor that makes real numbers of its sums is moved
     behind a reader that lets it pass (a quantizer, a maximum), and stays before it as well: what that gives is 0, or
-    next to it. Behind a gather with a table of indices it is moved as if that added no dims, and fits no longer.
+    next to it. Behind a gather with a table of indices it is moved as if that added no dims, and fits no longer. A
+    layer with real weights is left alone: with a bias, some get a slower kernel.
     """
     import openvino
     from openvino import opset13 as ops
 
     for node in model.get_ops():
         port = node.output(0) if node.get_type_name() in _LAYERS else None
-        if port is not None and port.get_element_type() == openvino.Type.f32 and _is_misread(port):
+        if port is None or any(map(_is_real_constant, node.input_values())):
+            continue
+        if port.get_element_type() == openvino.Type.f32 and _is_misread(port):
             readers = port.get_target_inputs()
             bias = np.full([1] * len(port.get_partial_shape()), _NEXT_TO_NOTHING, np.float32)
             _replace(port, readers, ops.add(port, ops.constant(bias)).output(0))
@@ -84,6 +87,16 @@ def _replace(port: Any, readers: Iterable[Any], by: Any) -> None:
     by.set_names(names)
     for reader in readers:
         reader.replace_source_output(by)
+
+
+def _is_real_constant(port: Any) -> bool:
+    """Whether a value is a constant that no quantizer has made, in whatever shape."""
+    import openvino
+
+    node = port.get_node()
+    if node.get_type_name() in _PASSING:
+        return _is_real_constant(node.input_value(0))
+    return bool(node.get_type_name() == "Constant" and port.get_element_type() == openvino.Type.f32)
 
 
 def _is_misread(port: Any) -> bool:

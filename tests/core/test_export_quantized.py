@@ -1,6 +1,7 @@
 """Export of quantized models: the file is right piece by piece, and engines stay near it."""
 
 import onnx
+import openvino
 import pytest
 import torch
 from models import residual_net
@@ -144,6 +145,16 @@ def test_files_are_written_around_faults_of_openvino(model, tmp_path):
     program = quantized(model, torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1)), "openvino")
     exported = fxc.export(program, tmp_path / "m.xml")
     assert exported.max_relative_error < 0.05
+
+
+def test_layers_with_real_weights_are_not_written_around(tmp_path):
+    model, x = Between(nn.Identity()), torch.randn(8, 3, 8, 8)
+    model.stem.bias = None
+    manager = fxc.PassManager("insert-qdq{target=openvino skip=[stem last]}")
+    program = manager.run(fxc.trace(model, x), fxc.Task(calibration=[x])).program
+    path = fxc.export(program, tmp_path / "m.xml").path
+    added = [node for node in openvino.Core().read_model(path).get_ops() if node.get_type_name() == "Add"]
+    assert len(added) == 2, "the biases of two layers"
 
 
 class Gate(nn.Module):
