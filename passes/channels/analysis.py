@@ -8,7 +8,17 @@ from typing import Any, ClassVar
 import torch
 from fxcompress.passes.channels import families
 from fxcompress.passes.channels.groups import ChannelReport, report
-from fxcompress.passes.channels.layout import Algebra, Layout, Sizes, elements, is_position, shape_of, value_layout
+from fxcompress.passes.channels.layout import (
+    Algebra,
+    Layout,
+    Sizes,
+    dim_size,
+    elements,
+    is_position,
+    position,
+    shape_of,
+    value_layout,
+)
 from fxcompress.passes.channels.permutations import Permutation, permutations
 from fxcompress.passes.channels.rules import Call, rule_of
 from fxcompress.passes.channels.units import Units
@@ -103,7 +113,7 @@ class _Walk:
                 "unknown-operator", call, "has no dependency rule", "register one with "
                 "fxcompress.passes.channels.rules.rule",
             )  # fmt: skip
-        result = found(call)
+        result = _specialized(found(call), call.shapes, self.sizes)
         sizes = [shape_of(layout) for layout in _layouts(result)]
         if sizes != call.shapes:
             said = f"has a dependency rule that gives dims of {sizes} where its result has {call.shapes}"
@@ -127,6 +137,22 @@ class _Walk:
 def _layouts(result: Any) -> list[Layout]:
     """The layouts that a rule gives, without what stands for a result that is no tensor."""
     return [layout for layout in (result if isinstance(result, list) else [result]) if layout is not None]
+
+
+def _specialized(result: Any, shapes: list[tuple[int, ...]], sizes: Sizes) -> Any:
+    """What a rule gives, with the constants that torch.export found sizes to be after it had recorded the operands'.
+
+    An image that has become one pixel may be of a size that depends on the input before a layer, and of 1 after it.
+    """
+    if isinstance(result, list):
+        given = iter(shapes)
+        return [None if layout is None else _specialized(layout, [next(given, ())], sizes) for layout in result]
+    if result is None or [len(result)] != [len(shape) for shape in shapes]:
+        return result
+    return tuple(
+        position(size) if is_position(dim) and sizes.stands_for(dim_size(dim)) and not sizes.stands_for(size) else dim
+        for dim, size in zip(result, shapes[0], strict=True)
+    )
 
 
 def _read(operation_: Operation, layout: Layout) -> Layout:

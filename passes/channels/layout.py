@@ -114,6 +114,7 @@ class Sizes:
     def __init__(self) -> None:
         self._symbols: dict[sympy.Symbol, sympy.Integer] = {}
         self._known: dict[sympy.Expr, int] = {}
+        self._stand_ins: set[int] = set()
 
     def __call__(self, size: int | torch.SymInt) -> int:
         """The number that stands for a size."""
@@ -126,7 +127,13 @@ class Sizes:
                     prime = sympy.sieve[1000 + 50 * len(self._symbols)]
                     self._symbols[symbol] = sympy.Integer(self.DIVISORS * prime)
             self._known[expression] = int(expression.xreplace(self._symbols))
+            if expression.free_symbols:
+                self._stand_ins.add(self._known[expression])
         return self._known[expression]
+
+    def stands_for(self, number: int) -> bool:
+        """Whether a number is one that stands for a symbolic size."""
+        return number in self._stand_ins
 
     def shape(self, tensor: torch.Tensor) -> tuple[int, ...]:
         """The numbers that stand for a tensor's shape."""

@@ -113,3 +113,13 @@ def test_a_rotary_embedding_whose_halves_are_copied_beside_each_other():
     after = prune(between(rotate, angles=angles), TOKENS)
 
     assert shapes(after) == {"stem": (2, 6), "head": (4, 2)}
+
+
+def test_an_image_that_has_become_one_pixel():
+    """torch.export notes 1 for its size behind the norm, and before it an expression of the image's size."""
+    model = Wire(
+        lambda m, image: m.head(m.norm(m.body(m.stem(image).relu())).relu()),
+        stem=nn.Conv2d(3, 8, 3, 2, 1), body=nn.Conv2d(8, 8, 3, 2, 1), norm=nn.BatchNorm2d(8), head=nn.Conv2d(8, 4, 1),
+    )  # fmt: skip
+    after = prune(model, inputs(2, 3, 4, 4), dynamic={"xs_0": (0, 2, 3)})
+    assert shapes(after) == {"stem": (4, 3, 3, 3), "body": (4, 4, 3, 3), "head": (4, 4, 1, 1)}
