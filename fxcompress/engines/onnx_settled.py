@@ -10,6 +10,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from fxcompress.engines.circular_pad import join_circular_pads
+from fxcompress.engines.integers import is_call
 from fxcompress.engines.valued_call import valued_call
 from fxcompress.ir.ops import bind
 
@@ -23,6 +24,10 @@ def settle(exported: ExportedProgram) -> None:
         for node in exported.graph.find_nodes(op="call_function", target=target):
             _settle_split(node)
     join_circular_pads(exported.graph)
+    if any(is_call(node, "dequantize") for node in exported.graph.nodes):
+        for dims, target in enumerate((aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default), 1):
+            for node in exported.graph.find_nodes(op="call_function", target=target):
+                _settle_average(node, dims)
 
 
 def _settle_attention(exported: ExportedProgram) -> None:
@@ -65,3 +70,19 @@ def _settle_split(node: fx.Node) -> None:
             user.replace_all_uses_with(piece)
             graph.erase_node(user)
     graph.erase_node(node)
+
+
+def _settle_average(node: fx.Node, dims: int) -> None:
+    """Keeps an average over windows that may reach beyond the end apart from a quantizer behind it.
+
+    onnxruntime (1.31) would make one kernel of both, which divides by the size of a whole window there. A factor of 1
+    for each channel is between them to it.
+    """
+    arguments = bind(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
+    if arguments["ceil_mode"]:
+        graph, value = node.graph, node.meta["val"]
+        with graph.inserting_after(node):
+            ones = valued_call(graph, aten.new_ones.default, node, [value.shape[-1 - dims], *[1] * dims])
+        with graph.inserting_after(ones):
+            apart = valued_call(graph, aten.mul.Tensor, node, ones)
+        node.replace_all_uses_with(apart, delete_user_cb=lambda user: user not in (ones, apart))

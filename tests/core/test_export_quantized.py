@@ -117,6 +117,10 @@ def padded_mean(x):
     return nn.functional.avg_pool2d(x, 3, stride=2, padding=1)
 
 
+def rounded_up_mean(x):
+    return nn.functional.avg_pool2d(x, 3, stride=2, ceil_mode=True)
+
+
 def greatest(x):
     return x.amax((2, 3), keepdim=True).sigmoid()
 
@@ -145,6 +149,11 @@ def test_files_are_written_around_faults_of_openvino(model, tmp_path):
     program = quantized(model, torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1)), "openvino")
     exported = fxc.export(program, tmp_path / "m.xml")
     assert exported.max_relative_error < 0.05
+
+
+def test_averages_over_windows_beyond_the_end_in_onnxruntime(tmp_path):
+    program = quantized(Between(rounded_up_mean), torch.randn(8, 3, 8, 8), "onnxruntime")
+    assert fxc.export(program, tmp_path / "m.onnx").max_relative_error < 0.05
 
 
 def test_layers_with_real_weights_are_not_written_around(tmp_path):
