@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +23,7 @@ from fxcompress.pass_base import Analysis
 from fxcompress.task import Task
 from fxcompress.tracing.untouched import seeded
 
-FORMAT = 1
+FORMAT = 2
 
 _UNBOUNDED = Range(-math.inf, math.inf)
 _EMPTY = Range(0.0, 0.0)
@@ -38,14 +39,17 @@ class RangeReport:
         ranges: Node name -> range; nodes whose value is not floating point are left out.
         rows: Samples that were seen.
         source: What made it: the pass, as pipeline text.
+        channels: Node name -> range of each index of the axis, for values that have it; empty without an axis.
     """
 
     ranges: Mapping[str, Range]
     rows: int
     source: str
+    channels: Mapping[str, tuple[Range, ...]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        return f"RangeReport({len(self.ranges)} values, {self.rows} samples, {self.source})"
+        channels = f"{sum(map(len, self.channels.values()))} channels, " if self.channels else ""
+        return f"RangeReport({len(self.ranges)} values, {channels}{self.rows} samples, {self.source})"
 
     @property
     def statistics(self) -> dict[str, int | float]:
@@ -54,9 +58,10 @@ class RangeReport:
 
     def to_json(self) -> str:
         """The report as JSON text, one line a value; an end that is not finite is written as text."""
-        lines = [f"{json.dumps(name)}: {json.dumps([*map(_end, _ends(found))])}" for name, found in self.ranges.items()]
         head = f'"format": {FORMAT}, "source": {json.dumps(self.source)}, "rows": {self.rows}'
-        return f'{{{head}, "ranges": {{\n ' + ",\n ".join(lines) + "\n}}\n"
+        ranges = _object({name: _ends(found) for name, found in self.ranges.items()})
+        channels = _object({name: [*map(_ends, found)] for name, found in self.channels.items()})
+        return f'{{{head}, "ranges": {ranges}, "channels": {channels}}}\n'
 
     @classmethod
     def from_json(cls, text: str) -> RangeReport:
@@ -69,14 +74,23 @@ class RangeReport:
             data = json.loads(text)
             if data["format"] != FORMAT:
                 raise InputError(f"the ranges have format {data['format']}, not {FORMAT}; observe them anew")
-            ranges = {str(name): Range(*map(float, ends)) for name, ends in data["ranges"].items()}
-            return cls(ranges, int(data["rows"]), str(data["source"]))
+            ranges = {str(name): _range(ends) for name, ends in data["ranges"].items()}
+            channels = {str(name): tuple(map(_range, found)) for name, found in data["channels"].items()}
+            return cls(ranges, int(data["rows"]), str(data["source"]), channels)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"the text is no report of ranges: {error}; write it with to_json") from error
 
 
-def _ends(found: Range) -> tuple[float, float]:
-    return found.low, found.high
+def _object(entries: Mapping[str, Any]) -> str:
+    return "{\n " + ",\n ".join(f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items()) + "\n}"
+
+
+def _ends(found: Range) -> list[float | str]:
+    return [_end(found.low), _end(found.high)]
+
+
+def _range(ends: list[float | str]) -> Range:
+    return Range(*map(float, ends))
 
 
 def _end(value: float) -> float | str:
@@ -95,6 +109,8 @@ class Ranges(Analysis[RangeReport]):
         least: Samples that must be there, so that a range is not an accident.
         bits: Bits of the integers that the range is for (mse, entropy).
         symmetric: Whether 0 will be the middle of the integers (mse, entropy).
+        axis: Dim each index of which has a range of its own, such as 1 for the channels of an image or -1 for those of
+            a token; none looks at each value as a whole. All but minmax and moving-average hold 64 KB for each index.
     """
 
     name: ClassVar[str] = "ranges"
@@ -104,6 +120,7 @@ class Ranges(Analysis[RangeReport]):
     least: int = 8
     bits: int = 8
     symmetric: bool = False
+    axis: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,7 +129,7 @@ class Ranges(Analysis[RangeReport]):
             raise InputError(f"batches must be at least 1, not {self.batches}")
 
     def run(self, program: Program, task: Task | None) -> RangeReport:
-        observe = _Observation(program.graph_module, observer_of(self.observer))
+        observe = _Observation(program.graph_module, observer_of(self.observer), self.axis)
         batches = calibration_stream(program, task, self.name, self.batches)
         rows = 0
         for index, leaves in enumerate(shown_batches(batches, self.name)):
@@ -126,9 +143,12 @@ class Ranges(Analysis[RangeReport]):
                 f"Task.calibration at least {self.least}, or set least={max(rows, 1)}"
             )
         grid = Grid(self.bits, self.symmetric)
-        ranges = {name: found.range(grid) for name, found in observe.found.items()}
+        found = {name: tuple(each.range(grid) for each in slices) for name, slices in observe.found.items()}
+        ranges = {name: functools.reduce(Range.united, slices) for name, slices in found.items()}
         unbounded = dict.fromkeys(observe.unbounded, _UNBOUNDED)
-        return RangeReport({**dict.fromkeys(observe.empty, _EMPTY), **ranges, **unbounded}, rows, str(self))
+        channels = {name: slices for name, slices in found.items() if name in observe.sliced - unbounded.keys()}
+        everything = {**dict.fromkeys(observe.empty, _EMPTY), **ranges, **unbounded}
+        return RangeReport(everything, rows, str(self), channels)
 
 
 def _rows(program: Program, leaves: list[Any]) -> int:
@@ -137,13 +157,14 @@ def _rows(program: Program, leaves: list[Any]) -> int:
 
 
 class _Observation(fx.Interpreter):
-    """Runs a Program and shows every floating-point value to an observer of its own."""
+    """Runs a Program and shows every floating-point value, or each index of its axis, to an observer of its own."""
 
-    def __init__(self, root: fx.GraphModule, kind: type[Observer]) -> None:
+    def __init__(self, root: fx.GraphModule, kind: type[Observer], axis: int | None) -> None:
         super().__init__(root)
-        self._kind = kind
+        self._kind, self._axis = kind, axis
         self.batch = 0
-        self.found: dict[str, Observer] = {}
+        self.found: dict[str, list[Observer]] = {}
+        self.sliced: set[str] = set()
         self.unbounded: dict[str, None] = {}
         self.empty: dict[str, None] = {}
         self._nan: dict[int, str] = {}
@@ -166,9 +187,23 @@ class _Observation(fx.Interpreter):
         if not max(-low, high) < _INFINITE:  # or NaN
             self.unbounded[node.name] = None
             return
+        slices = self._slices(node, value)
         if node.name not in self.found:
-            self.found[node.name] = self._kind()
-        self.found[node.name].update(value)
+            self.found[node.name] = [self._kind() for _ in slices]
+        observers = self.found[node.name]
+        if len(observers) != len(slices):
+            raise InputError(
+                f"{node.name} has {len(observers)} indices along axis {self._axis}, and {len(slices)} on calibration "
+                f"batch {self.batch}; choose an axis that always has the same size"
+            )
+        for each, part in zip(observers, slices, strict=True):
+            each.update(part)
+
+    def _slices(self, node: fx.Node, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if self._axis is None or not -value.dim() <= self._axis < value.dim():
+            return (value,)
+        self.sliced.add(node.name)
+        return value.unbind(self._axis)
 
     def _check_outputs(self, outputs: Any) -> None:
         """A model may repair NaN on its way; what comes out of it must be numbers."""

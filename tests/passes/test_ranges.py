@@ -45,6 +45,41 @@ def test_minmax_spans_all_batches():
     assert report.rows == 16
 
 
+def test_each_index_of_an_axis_has_a_range():
+    data = batches()
+    report = analyze(program(), "ranges{axis=-1}", Task(calibration=data))
+    whole = analyze(program(), "ranges", Task(calibration=data))
+
+    rows = torch.cat(data)
+    found = next(iter(report.channels.values()))
+    assert [each.low for each in found] == rows.amin(0).tolist()
+    assert [each.high for each in found] == rows.amax(0).tolist()
+    assert [len(each) for each in report.channels.values()] == [6, 8, 8, 3]
+    assert report.ranges == whole.ranges
+    assert not whole.channels
+
+
+@pytest.mark.parametrize("name", ["percentile", "mse", "entropy"])
+def test_indices_do_not_share_what_was_seen(name):
+    data = [batch * torch.tensor([1.0, 100.0, 1.0, 1.0, 1.0, 1.0]) for batch in batches()]
+    found = next(
+        iter(analyze(program(), f"ranges{{observer={name} axis=1}}", Task(calibration=data)).channels.values())
+    )
+    assert found[1].high > 10 * found[0].high
+    assert found[0] == observed(name, *(batch[:, 0] for batch in data))
+
+
+def test_values_without_the_axis_stay_whole():
+    report = analyze(program(), "ranges{axis=2}", Task(calibration=batches()))
+    assert not report.channels
+    assert report.ranges == analyze(program(), "ranges", Task(calibration=batches())).ranges
+
+
+def test_an_axis_that_changes_its_size_is_refused():
+    with pytest.raises(InputError, match=r"has 4 indices along axis 0, and 3 on calibration batch 1; choose an axis"):
+        analyze(program(), "ranges{axis=0}", Task(calibration=[*batches(1), *batches(1, 3)]))
+
+
 def test_moving_average_follows_the_batches():
     found = observed("moving-average", torch.tensor([-1.0, 1.0]), torch.tensor([-2.0, 11.0]))
     assert found.low == pytest.approx(-1.1)
@@ -101,12 +136,14 @@ def test_the_report_reads_back_what_it_writes():
     report = analyze(program(), "ranges", Task(calibration=batches()))
     again = RangeReport.from_json(report.to_json())
     assert again == report
+    channels = analyze(program(), "ranges{axis=-1}", Task(calibration=batches()))
+    assert RangeReport.from_json(channels.to_json()) == channels
     unbounded = RangeReport({"x": Range(-math.inf, 1.0)}, 1, "")
     assert RangeReport.from_json(unbounded.to_json()) == unbounded
     with pytest.raises(InputError, match="the text is no report of ranges"):
         RangeReport.from_json("[]")
     with pytest.raises(InputError, match="format 99"):
-        RangeReport.from_json(report.to_json().replace('"format": 1', '"format": 99'))
+        RangeReport.from_json(report.to_json().replace('"format": 2', '"format": 99'))
 
 
 class Masked(nn.Module):
