@@ -20,8 +20,12 @@ _LEAST_ROUNDS = 5
 _LEAST_SAMPLE_S = 5e-3
 """A sample shorter than this repeats the call: a timer and a cold cache would be measured otherwise."""
 
-_REST_S = 10e-3
-"""Before each sample, so that threads of the engine before it have stopped to wait actively for more work."""
+_REST_S = 0.1
+"""Before each sample, so that threads of the engine before it have stopped to wait actively for more work.
+
+Those of onnxruntime do so for more than 30 ms: after a rest of 10 ms a call of any engine took one of two times, a half
+apart.
+"""
 
 
 @dataclass(frozen=True)

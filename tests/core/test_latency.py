@@ -82,7 +82,7 @@ def test_short_calls_are_repeated_until_a_sample_is_long_enough(clock):
 def test_no_round_starts_after_the_budget_but_five_are_made(clock):
     calls = {"a": clock.takes("a", 1.0)}
     assert len(measure(calls, rounds=100, budget=2)["a"].samples) == 5
-    assert len(measure(calls, rounds=100, budget=8.5)["a"].samples) == 9
+    assert len(measure(calls, rounds=100, budget=9)["a"].samples) == 9
     assert len(measure(calls, rounds=3, budget=2)["a"].samples) == 3
 
 
