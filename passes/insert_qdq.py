@@ -16,8 +16,8 @@ from fxcompress.passes.quantization.grid import QuantizationParameters, Range
 from fxcompress.passes.quantization.nodes import is_quantization, quantize_dequantize, quantized, skipped
 from fxcompress.passes.quantization.placement import Placement, Point
 from fxcompress.passes.quantization.processor import has_vnni
-from fxcompress.passes.quantization.rewrites import flatten_rows, split_attention
-from fxcompress.passes.quantization.targets import ATTENTION, ATTENTION_OPERANDS, PADS, Target, target_of
+from fxcompress.passes.quantization.rewrites import flatten_rows, pool_mean, slice_channels, split_attention, split_gate
+from fxcompress.passes.quantization.targets import ATTENTION, ATTENTION_OPERANDS, MEANS, PADS, PIECES, Target, target_of
 from fxcompress.passes.ranges import Ranges
 from torch import fx
 
@@ -170,8 +170,15 @@ def _unbounded(reader: fx.Node, source: fx.Node) -> Refusal:
 def _write_for(target: Target, calls: list[Operation]) -> bool:
     """Writes operators the way the target looks for them; tells whether any changed."""
     done = False
+    made_of_integers = {call.node for call in calls if call.overload in target.closed}
     for call in calls:
-        if target.splits_attention and call.overload is ATTENTION:
+        if call.overload in target.gates and made_of_integers.issuperset(call.node.all_input_nodes):
+            done |= split_gate(call, target.gates[call.overload])
+        elif target.pools_means and call.overload in MEANS:
+            done |= pool_mean(call)
+        elif target.slices_channels and call.overload in PIECES:
+            done |= slice_channels(call)
+        elif target.splits_attention and call.overload is ATTENTION:
             done |= split_attention(call)
         elif target.flattens_rows and call.overload is aten.linear.default:
             done |= flatten_rows(call)

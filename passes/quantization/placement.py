@@ -85,7 +85,7 @@ class Placement:
         if named & set(self._target.reads(call.overload)):
             return self._computes(call)
         if named & set(self._target.carriers.get(call.overload, ())):
-            return self._computes(call) and (user in self._integral or self._complete(self._result(user)))
+            return self._computes(call) and (user in self._integral or self._gives_integers(call))
         return self._passes(user)
 
     def _made_of_integers(self) -> set[fx.Node]:
@@ -140,6 +140,12 @@ class Placement:
 
     def _complete(self, node: fx.Node) -> bool:
         return bool(node.users) and len(self._wishes.get(node, ())) == len(node.users)
+
+    def _gives_integers(self, call: Operation) -> bool:
+        """Whether the result of a carrier becomes integers: for any that reads it so, if its kernel gives no other."""
+        result = self._result(call.node)
+        closed = call.overload in self._target.closed
+        return bool(self._wishes.get(result)) if closed else self._complete(result)
 
     def _result(self, node: fx.Node) -> fx.Node:
         """Where the value of an operator ends: after the activation that is computed with it."""

@@ -1,14 +1,17 @@
-"""Operators written the way an engine looks for them: attention as products, linear layers with two dims."""
+"""Operators written the way an engine looks for them: attention as products, linear layers with two dims, and more."""
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from fxcompress.ir.fake import symbolic
 from fxcompress.ir.ops import Operation
@@ -108,6 +111,66 @@ def _weights(write: _Writer, scores: fx.Node, mask: fx.Node | None) -> fx.Node:
         seen = write(aten.gt.Scalar, mask, -math.inf)
         scores = write(aten.add.Tensor, scores, write(aten.clamp.default, mask, least))
     return write(aten.where.ScalarOther, seen, write(aten.softmax.int, scores, -1), 0.0)
+
+
+def split_gate(call: Operation, gate: OpOverload) -> bool:
+    """Writes an activation such as SiLU as the product of what it reads and the gate that it computes of that."""
+    (source,) = call.node.all_input_nodes
+    with _in_place_of(call) as write:
+        result = write(aten.mul.Tensor, source, write(gate, source))
+    call.node.replace_all_uses_with(result)
+    call.node.graph.erase_node(call.node)
+    return True
+
+
+def pool_mean(call: Operation) -> bool:
+    """Writes the mean of each channel of an image as an average pool over the whole of it."""
+    source = call.node.args[0]
+    assert isinstance(source, fx.Node)
+    value = source.meta["val"]
+    if value.dim() != 4 or not all(isinstance(size, int) for size in value.shape[2:]) or not _is_mean(call):
+        return False
+    with _in_place_of(call) as write:
+        result = write(aten.avg_pool2d.default, source, list(value.shape[2:]))
+        if call.node.meta["val"].dim() == 2:
+            result = write(aten.flatten.using_ints, result, 1)
+    call.node.replace_all_uses_with(result)
+    call.node.graph.erase_node(call.node)
+    return True
+
+
+def _is_mean(call: Operation) -> bool:
+    """Whether a call gives the mean of each channel of an image."""
+    if call.overload is aten.adaptive_avg_pool2d.default:
+        return list(call["output_size"]) == [1, 1]
+    if call.overload is not aten.mean.dim or call["dtype"] is not None:
+        return False
+    return sorted(dim % 4 for dim in call["dim"] or ()) == [2, 3]
+
+
+def slice_channels(call: Operation) -> bool:
+    """Writes pieces of the channels of an image as slices."""
+    source = call.node.args[0]
+    assert isinstance(source, fx.Node)
+    users = list(call.node.users)
+    if source.meta["val"].dim() != 4 or call["dim"] % 4 != 1:
+        return False
+    sizes = [piece.shape[1] for piece in call.node.meta["val"]]
+    if not all(isinstance(size, int) for size in sizes) or any(user.target is not operator.getitem for user in users):
+        return False
+    ends = list(itertools.accumulate(sizes))
+    for user in users:
+        taken: Any = user.args[1]
+        index = taken % len(ends)
+        with call.node.graph.inserting_before(user):
+            made = call.node.graph.call_function(
+                aten.slice.Tensor, (source, 1, ends[index] - sizes[index], ends[index])
+            )
+        made.meta = {**user.meta}
+        user.replace_all_uses_with(made)
+        call.node.graph.erase_node(user)
+    call.node.graph.erase_node(call.node)
+    return True
 
 
 def flatten_rows(call: Operation) -> bool:

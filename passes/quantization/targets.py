@@ -43,6 +43,11 @@ ELEMENTWISE: Operands = {aten.add.Tensor: ("self", "other"), aten.mul.Tensor: ("
 AVERAGES: Operands = {aten.avg_pool2d.default: ("self",), aten.adaptive_avg_pool2d.default: ("self",)}
 MEANS: Operands = {**AVERAGES, aten.mean.dim: ("self",)}
 
+PIECES = frozenset(
+    {aten.chunk.default, aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.tensor_split.sections}
+)
+"""Operators that give several pieces of a value."""
+
 CLAMPS = frozenset({aten.relu.default, aten.hardtanh.default, aten.relu6.default, aten.clamp.default})
 """Activations that every engine computes together with the layer before them."""
 
@@ -90,6 +95,10 @@ class Target:
         grid: The integers that values become.
         factor: The integers that the second factor of a product becomes.
         splits_attention: Whether attention must be written as products for the engine to find them.
+        gates: Activation -> the gate that it multiplies its operand by, where the engine has integer kernels for that
+            gate and for products, and none for the activation.
+        pools_means: Whether the mean of an image must be written as a pool for the engine to compute it in integers.
+        slices_channels: Whether pieces of an image's channels must be written as slices for integers to go through.
         flattens_rows: Whether a linear layer must be written with two dims for the engine to compute its bias with it.
         slow: Operators that take longer in integers than in float32 where the processor has no VNNI.
     """
@@ -104,6 +113,9 @@ class Target:
     grid: Grid = field(default_factory=Grid)
     factor: Grid = field(default_factory=Grid)
     splits_attention: bool = True
+    gates: Mapping[OpOverload, OpOverload] = field(default_factory=dict)
+    pools_means: bool = False
+    slices_channels: bool = False
     flattens_rows: bool = False
     slow: frozenset[OpOverload] = frozenset()
 
@@ -135,6 +147,7 @@ TARGETS: Mapping[str, Target] = {
         joins=_CAT,
         grid=_SYMMETRIC,
         factor=_SYMMETRIC,
+        slices_channels=True,
         slow=frozenset({aten.linear.default, *PRODUCTS, ATTENTION}),  # 0.8 to 0.95 of float32's speed with AVX2
     ),
     "onnxruntime": Target(  # its kernels for a signed first factor are many times slower where there is no VNNI
@@ -146,6 +159,9 @@ TARGETS: Mapping[str, Target] = {
         joins=_CAT,
         closed=frozenset({*CONVOLUTIONS, *ELEMENTWISE, *AVERAGES}),
         factor=_SYMMETRIC,
+        gates={aten.silu.default: aten.sigmoid.default, aten.hardswish.default: aten.hardsigmoid.default},
+        pools_means=True,
+        slices_channels=True,
         flattens_rows=True,
     ),
     "x86": Target(  # Inductor looks for integers right before a layer, and computes the rest in code of its own

@@ -1,5 +1,7 @@
 """The engines' own executed graphs: every layer that was quantized is computed in integers."""
 
+from collections import Counter
+
 import pytest
 import torch
 from fxcompress.passes.insert_qdq import InsertQdq
@@ -74,6 +76,62 @@ def test_what_is_skipped_is_not(target, tmp_path):
     done = quantized(convolutions, target, skip=("4",))
     file = written(done.program, tmp_path / f"m.{ENGINES[target]}")
     assert [layer.integer for layer in executed_layers(file)] == [True] * 6 + [False]
+
+
+class Gated(nn.Module):
+    """SiLU and a gate of the means of an image, and what is read in floating point too."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.first, self.activation = nn.Conv2d(3, 8, 3), activation
+        self.squeeze, self.excite = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+        self.second, self.last = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        x = self.activation(self.first(x))
+        gate = self.excite(self.activation(self.squeeze(x.mean((2, 3), keepdim=True)))).sigmoid()
+        x = self.activation(self.second(x * gate))
+        return self.last(x), x.cos()
+
+
+class Shuffled(nn.Module):
+    """Half of the channels goes through a layer, and the halves are mixed."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(4, 4, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        kept, read = self.first(x).relu().chunk(2, 1)
+        return self.last(torch.channel_shuffle(torch.cat([kept, self.second(read).relu()], 1), 2))
+
+
+def computed(file, tmp_path):
+    """How often onnxruntime computes each operator between layers."""
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.optimized_model_filepath = 3, str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+
+
+@pytest.mark.parametrize(("activation", "gates"), [(nn.SiLU(), 4), (nn.Hardswish(), 1)])
+def test_gates_and_means_are_computed_in_integers(activation, gates, tmp_path):
+    done = quantized(lambda: (with_biases(Gated(activation)), images(2, 8), None, [images(8, 8)]), "onnxruntime")
+    found = computed(written(done.program, tmp_path / "m.onnx"), tmp_path)
+    assert found["QLinearMul"] == 4
+    assert found["QLinearSigmoid"] == gates
+    assert found["QLinearAveragePool"] == 1
+    assert not found.keys() & {"Sigmoid", "Mul", "ReduceMean"}
+
+
+def test_integers_go_through_pieces_of_channels(tmp_path):
+    done = quantized(lambda: (with_biases(Shuffled()), images(2, 8), None, [images(8, 8)]), "onnxruntime")
+    found = computed(written(done.program, tmp_path / "m.onnx"), tmp_path)
+    assert found["QLinearConcat"] == 1
+    assert (found["QuantizeLinear"], found["DequantizeLinear"]) == (1, 1)
 
 
 def test_other_files_have_no_executed_graph(tmp_path):

@@ -1,8 +1,16 @@
 """Operators written the way engines look for them compute the same, in float64, at a batch of another size."""
 
+from functools import partial
+
 import pytest
 import torch
-from fxcompress.passes.quantization.rewrites import flatten_rows, split_attention
+from fxcompress.passes.quantization.rewrites import (
+    flatten_rows,
+    pool_mean,
+    slice_channels,
+    split_attention,
+    split_gate,
+)
 from fxcompress.passes.quantization.targets import ATTENTION
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -130,3 +138,82 @@ def test_a_linear_layer_of_two_dims_stays():
     program = trace(nn.Linear(6, 4), torch.randn(2, 6)).copy()
     (call,) = operations(program.graph_module)
     assert not flatten_rows(call)
+
+
+class Applied(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def image(batch, channels=5, height=4, width=3):
+    generator = torch.Generator().manual_seed(batch)
+    return (torch.randn(batch, channels, height, width, dtype=torch.float64, generator=generator),)
+
+
+@pytest.mark.parametrize(
+    ("activation", "overload", "gate"),
+    [
+        (torch.nn.functional.silu, aten.silu.default, aten.sigmoid.default),
+        (torch.nn.functional.hardswish, aten.hardswish.default, aten.hardsigmoid.default),
+    ],
+)
+def test_a_gated_activation(activation, overload, gate):
+    check(Applied(activation), image(2), image(3), overload, partial(split_gate, gate=gate))
+
+
+@pytest.mark.parametrize(
+    ("function", "overload"),
+    [
+        (lambda x: x.mean((2, 3)), aten.mean.dim),
+        (lambda x: x.mean((-1, 2), keepdim=True), aten.mean.dim),
+        (nn.AdaptiveAvgPool2d(1), aten.adaptive_avg_pool2d.default),
+    ],
+)
+def test_the_mean_of_an_image(function, overload):
+    check(Applied(function), image(2), image(3), overload, pool_mean)
+
+
+@pytest.mark.parametrize(
+    ("function", "overload", "example", "dynamic"),
+    [
+        (lambda x: x.mean((1, 2)), aten.mean.dim, image(2), None),
+        (lambda x: x.mean((1, 2)), aten.mean.dim, (image(2)[0][0],), None),
+        (lambda x: x.mean((2, 3), dtype=torch.float32), aten.mean.dim, image(2), None),
+        (nn.AdaptiveAvgPool2d(2), aten.adaptive_avg_pool2d.default, image(2), None),
+        (lambda x: x.mean((2, 3)), aten.mean.dim, image(2), {"x": (2,)}),
+    ],
+)
+def test_other_means_stay(function, overload, example, dynamic):
+    program = trace(Applied(function), example, dynamic=dynamic).copy()
+    (call,) = (call for call in operations(program.graph_module) if call.overload is overload)
+    assert not pool_mean(call)
+
+
+@pytest.mark.parametrize(
+    ("function", "overload"),
+    [
+        (lambda x: torch.cat(x.chunk(2, 1)[::-1], 1), aten.chunk.default),
+        (lambda x: torch.cat(x.split([1, 3, 1], -3)[1:], 1), aten.split_with_sizes.default),
+        (lambda x: x.split(2, 1)[-1], aten.split.Tensor),
+    ],
+)
+def test_pieces_of_the_channels_of_an_image(function, overload):
+    check(Applied(function), image(2), image(3), overload, slice_channels)
+
+
+@pytest.mark.parametrize(
+    ("function", "example"),
+    [
+        (lambda x: x.chunk(2, 2)[1], image(2)),
+        (lambda x: x.chunk(2, 1)[1], (image(2)[0][0],)),
+        (lambda x: x.chunk(2)[1], (image(2)[0][0, 0, 0],)),
+    ],
+)
+def test_other_pieces_stay(function, example):
+    program = trace(Applied(function), example).copy()
+    (call,) = (call for call in operations(program.graph_module) if call.overload is aten.chunk.default)
+    assert not slice_channels(call)
