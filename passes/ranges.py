@@ -37,6 +37,7 @@ class RangeReport:
 
     Attributes:
         ranges: Node name -> range; nodes whose value is not floating point are left out.
+            With an axis, the smallest range that holds those of its indices.
         rows: Samples that were seen.
         source: What made it: the pass, as pipeline text.
         channels: Node name -> range of each index of the axis, for values that have it; empty without an axis.

@@ -134,6 +134,12 @@ def test_integers_go_through_pieces_of_channels(tmp_path):
     assert (found["QuantizeLinear"], found["DequantizeLinear"]) == (1, 1)
 
 
+def test_pieces_of_channels_are_not_rounded_again_for_openvino():
+    done = quantized(lambda: (with_biases(Shuffled()), images(2, 8), None, [images(8, 8)]), "openvino")
+    rounded = [n for n in done.program.nodes if n.target is torch.ops.quantized_decomposed.quantize_per_tensor.default]
+    assert len(rounded) == 3, "the input, and what the first two layers give"
+
+
 def test_other_files_have_no_executed_graph(tmp_path):
     with pytest.raises(
         InputError, match=r"m.pt2 has no executed graph to read; give a file that ends in .onnx or .xml or .pte"
