@@ -85,6 +85,8 @@ class Placement:
         if named & set(self._target.reads(call.overload)):
             return self._computes(call)
         if named & set(self._target.carriers.get(call.overload, ())):
+            if self._fused_with(source) is user:
+                return False
             return self._computes(call) and (user in self._integral or self._gives_integers(call))
         return self._passes(user)
 
@@ -148,10 +150,22 @@ class Placement:
         return bool(self._wishes.get(result)) if closed else self._complete(result)
 
     def _result(self, node: fx.Node) -> fx.Node:
-        """Where the value of an operator ends: after the activation that is computed with it."""
-        users = list(node.users)
-        call = self._calls.get(users[0]) if len(users) == 1 else None
-        return users[0] if call is not None and call.overload in self._target.fused else node
+        """Where the value of an operator ends: after the norm and the activation that are computed with it."""
+        while (user := self._fused_with(node)) is not None:
+            node = user
+        return node
+
+    def _fused_with(self, node: fx.Node) -> fx.Node | None:
+        """The norm or activation that is computed with an operator, if one is."""
+        target, call = self._target, self._calls.get(node)
+        if call is None or len(node.users) != 1:
+            return None
+        (user,) = node.users
+        follows = self._calls.get(user)
+        computes = target.layers.keys() | target.products.keys() | target.carriers.keys() | target.fused
+        if follows is None or follows.overload not in target.fused or call.overload not in computes:
+            return None
+        return user
 
     def _sharing(self, readers: dict[fx.Node, tuple[fx.Node, ...]]) -> nx.Graph[fx.Node]:
         """The points, those that must agree linked."""

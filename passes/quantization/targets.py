@@ -42,6 +42,7 @@ PRODUCTS: Operands = {aten.matmul.default: ("self", "other"), aten.bmm.default: 
 ELEMENTWISE: Operands = {aten.add.Tensor: ("self", "other"), aten.mul.Tensor: ("self", "other")}
 AVERAGES: Operands = {aten.avg_pool2d.default: ("self",), aten.adaptive_avg_pool2d.default: ("self",)}
 MEANS: Operands = {**AVERAGES, aten.mean.dim: ("self",)}
+NORMS: Operands = {aten.batch_norm.default: ("input",)}
 
 PIECES = frozenset(
     {aten.chunk.default, aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.tensor_split.sections}
@@ -88,7 +89,7 @@ class Target:
         layers: Operators with a weight, which becomes integers too, and the operands that they always read as integers.
         products: Operators that multiply values, and the operands that they always read as integers.
         carriers: Operator -> the operands that it reads as integers where its result is read so as well.
-        fused: Activations that are computed with the operator before them.
+        fused: Activations and norms that are computed with the operator before them.
         views: Operators that pass integers through.
         joins: Operators that pass integers through if all operands have one scale and zero point.
         closed: Operators whose integer kernels also give integers, to all who read the result.
@@ -141,8 +142,8 @@ TARGETS: Mapping[str, Target] = {
     "openvino": Target(
         layers={**LAYERS, **dict.fromkeys(TRANSPOSED, ("input",))},
         products=PRODUCTS,
-        carriers={**ELEMENTWISE, **MEANS},
-        fused=CLAMPS,
+        carriers={**ELEMENTWISE, **MEANS, **NORMS},
+        fused=CLAMPS | NORMS.keys(),
         views=VIEWS,
         joins=_CAT,
         grid=_SYMMETRIC,

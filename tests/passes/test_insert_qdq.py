@@ -160,3 +160,31 @@ def test_what_is_computed_of_weights_alone_stays():
     model = Tail(lambda x: (x * model.stem.bias.reshape(1, -1, 1, 1)).mean((2, 3)))
     text = structure(quantized(model, 8, 3, 8, 8, vnni=True)[0])
     assert "%mul = aten.mul.Tensor(%relu_1, %reshape)" in text
+
+
+class Joined(nn.Module):
+    """A norm that no layer takes in, as in DenseNet."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.Conv2d(8, 4, 1)
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return self.last(self.norm(torch.cat([self.first(x), self.second(x)], 1)).relu())
+
+
+def test_a_norm_after_a_concatenation_reads_integers_in_openvino():
+    text = structure(quantized(Joined(), 8, 3, 8, 8)[0])
+    assert "%cat = aten.cat.default(q(%first), q(%second))" in text
+    assert "%relu = aten.relu.default(%norm)" in text
+    assert "%last = aten.conv2d.default(q(%relu), w(last.weight), last.bias)" in text
+
+
+def test_a_norm_after_a_layer_is_computed_with_it():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1))
+    program = trace(model.eval(), torch.randn(8, 3, 8, 8))  # as it is, with no fold-batchnorm before
+    done = PassManager([InsertQdq(vnni=True)]).run(program, Task(calibration=data(8, 3, 8, 8)))
+    text = structure(done.program)
+    assert "%_1 = 1(%_0)" in text
+    assert "%_3 = aten.conv2d.default(q(%relu)" in text

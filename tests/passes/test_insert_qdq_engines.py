@@ -1,6 +1,6 @@
 """The engines' own executed graphs: every layer that was quantized is computed in integers."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 
 import pytest
 import torch
@@ -138,6 +138,35 @@ def test_pieces_of_channels_are_not_rounded_again_for_openvino():
     done = quantized(lambda: (with_biases(Shuffled()), images(2, 8), None, [images(8, 8)]), "openvino")
     rounded = [n for n in done.program.nodes if n.target is torch.ops.quantized_decomposed.quantize_per_tensor.default]
     assert len(rounded) == 3, "the input, and what the first two layers give"
+
+
+class Dense(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.Conv2d(8, 4, 1)
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return self.last(self.norm(torch.cat([self.first(x), self.second(x)], 1)).relu())
+
+
+def test_concatenations_before_norms_are_of_integers_in_openvino(tmp_path):
+    done = quantized(lambda: (with_biases(Dense()), images(2, 8), None, [images(8, 8)]), "openvino")
+    executed = precisions(written(done.program, tmp_path / "m.xml"))
+    assert executed["Concatenation"] in ({"i8"}, {"u8"})
+
+
+def precisions(file):
+    """What OpenVINO computes each operator in."""
+    import openvino
+
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = defaultdict(set)
+    for operation in compiled.get_runtime_model().get_ordered_ops():
+        said = operation.get_rt_info()
+        found[said["layerType"].value].add(said["runtimePrecision"].value)
+    return found
 
 
 def test_other_files_have_no_executed_graph(tmp_path):
