@@ -88,19 +88,32 @@ def _of_openvino(file: Path) -> list[ExecutedLayer]:
     import openvino
 
     core = openvino.Core()
+    model = core.read_model(file)
+    written = {made.get_friendly_name(): made.get_type_name() for made in model.get_ops()}
     try:
-        compiled = core.compile_model(core.read_model(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     except RuntimeError as error:
         raise ArtifactError(f"OpenVINO cannot run {file}: {error}") from error
-    return [found for found in map(_openvino_layer, compiled.get_runtime_model().get_ordered_ops()) if found]
+    executed = compiled.get_runtime_model().get_ordered_ops()
+    return [layer for operation in executed for layer in _openvino_layers(operation, written)]
 
 
-def _openvino_layer(operation: Any) -> ExecutedLayer | None:
+def _openvino_layers(operation: Any, written: Mapping[str, str]) -> list[ExecutedLayer]:
+    """The layers that one executed operation is, or is compiled of (where there is AVX-512, attention is one kernel).
+
+    Args:
+        operation: What is executed.
+        written: Name -> operator of what the file holds.
+    """
     said: Mapping[str, Any] = operation.get_rt_info()
-    kind, precision = (str(said[key].value) if key in said else "" for key in ("layerType", "runtimePrecision"))
-    if kind not in _OPENVINO:
-        return None
-    return ExecutedLayer(operation.get_friendly_name(), kind, precision in _INTEGER_PRECISIONS)
+    kind, precision, origins = (
+        str(said[key].value) if key in said else "" for key in ("layerType", "runtimePrecision", "originalLayersNames")
+    )
+    made_of = {operation.get_friendly_name(): kind}
+    if kind == "Subgraph":
+        made_of = {name: written.get(name, "") for name in origins.split(",")}
+    integer = precision in _INTEGER_PRECISIONS
+    return [ExecutedLayer(name, operator, integer) for name, operator in made_of.items() if operator in _OPENVINO]
 
 
 def _of_executorch(file: Path) -> list[ExecutedLayer]:
