@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
 from fxcompress.engines.formats import Format, format_of
 from fxcompress.engines.integers import is_quantized, with_integer_weights, without_quantization
-from fxcompress.engines.names import Names, RunPieces
-from fxcompress.engines.pieces import check_rounded, rounded_values
+from fxcompress.engines.names import Names, Pieces
+from fxcompress.engines.pieces import PieceCheck, cut_names
 from fxcompress.errors import (
     ArtifactError,
     CaptureError,
@@ -150,7 +150,7 @@ def _write(module: fx.GraphModule, interface: Interface, file: Path, target: For
         exact: list[Any] = [None for _ in expected]
         if is_quantized(module) and target.own_kernels:
             if target.open_pieces is not None:
-                _check_pieces(file, partial(target.open_pieces, staging), module, interface, names, calls, expected)
+                _check_pieces(file, partial(target.open_pieces, staging), module, interface, names, calls, outputs)
             exact = [_tensors(output) for output in _outputs(without_quantization(module), calls)]
             if target.finish is not None:
                 target.finish(staging)
@@ -198,7 +198,7 @@ def _calls(interface: Interface) -> list[Any]:
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, torch.Tensor)]
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def _check_dtypes(tensors: list[torch.Tensor], target: Format) -> None:
@@ -212,12 +212,12 @@ def _check_dtypes(tensors: list[torch.Tensor], target: Format) -> None:
 
 def _check_pieces(
     file: Path,
-    open_pieces: Callable[[Names, Collection[str]], RunPieces],
+    open_pieces: Callable[[Names, Collection[str]], Pieces],
     module: fx.GraphModule,
     interface: Interface,
     names: Names,
     calls: list[Any],
-    expected: list[list[torch.Tensor]],
+    outputs: list[Any],
 ) -> None:
     """Raises :class:`VerificationError` where a file is off between one quantizer and the next.
 
@@ -228,22 +228,22 @@ def _check_pieces(
         interface: How it is called.
         names: Names in the file.
         calls: Inputs.
-        expected: The model's outputs for each.
+        outputs: What the model gives for each.
     """
-    run_pieces = None
-    for call, reference in zip(calls, expected, strict=True):
-        rounded = rounded_values(module, interface, names.outputs, call)  # those of one call at a time: they are many
-        with _engine(file):
-            run_pieces = run_pieces or open_pieces(names, rounded.keys())
-            outputs, found = run_pieces(_tensors(call), {name: point.value for name, point in rounded.items()})
-        try:
-            check_rounded(rounded, found)
-        except VerificationError as wrong:
-            said = f"{file} was not written: in the file, {wrong}; export to another format"
-            raise VerificationError(said) from wrong
-        real = [index for index, name in enumerate(names.outputs) if name not in found]
-        left = Names(names.inputs, tuple(names.outputs[index] for index in real), names.dims)
-        _check(file, left, [reference[index] for index in real], [outputs[index] for index in real])
+    tensors = [index for index, leaf in enumerate(tree_leaves(outputs[0])) if isinstance(leaf, torch.Tensor)]
+    cuts = cut_names(module, dict(zip(tensors, names.outputs, strict=True)))
+    real = [index for index, name in enumerate(names.outputs) if name not in cuts.values()]
+    left = Names(names.inputs, tuple(names.outputs[index] for index in real), names.dims)
+    with _engine(file):
+        pieces = open_pieces(names, cuts.values())
+        for call, output in zip(calls, outputs, strict=True):
+            try:
+                found = PieceCheck(module, cuts, pieces).outputs(interface, call, left.outputs)
+            except VerificationError as wrong:
+                said = f"{file} was not written: in the file, {wrong}; export to another format"
+                raise VerificationError(said) from wrong
+            expected = _tensors(output)
+            _check(file, left, [expected[index] for index in real], [found[name] for name in left.outputs])
 
 
 def _check(

@@ -12,7 +12,7 @@ from torch import fx
 from torch.utils._pytree import tree_flatten
 
 from fxcompress.engines.executorch_format import open_executorch, write_executorch
-from fxcompress.engines.names import Names, Run, RunPieces
+from fxcompress.engines.names import Names, Pieces, Run
 from fxcompress.engines.onnx_dynamic import multiply_integers
 from fxcompress.engines.onnx_format import onnx_pieces, open_onnx, write_onnx
 from fxcompress.engines.onnx_integers import round_biases
@@ -45,7 +45,7 @@ class Format:
     write: Callable[[fx.GraphModule, Interface, Path, Names], None]
     open: Callable[[Path, Names], Run]
     own_kernels: bool = True
-    open_pieces: Callable[[Path, Names, Collection[str]], RunPieces] | None = None
+    open_pieces: Callable[[Path, Names, Collection[str]], Pieces] | None = None
     finish: Callable[[Path], None] | None = None
     unsupported: frozenset[torch.dtype] = frozenset()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,8 @@ import torch
 Run = Callable[[Sequence[torch.Tensor]], list[Any]]
 """Runs a file on the tensors of a call; gives the tensors of the output."""
 
-RunPieces = Callable[[Sequence[torch.Tensor], Mapping[str, torch.Tensor]], tuple[list[Any], Mapping[str, torch.Tensor]]]
-"""Runs a file that is cut at some of its values, on the tensors of a call and what is to be read at each cut; gives the
-tensors of the output and what is computed for each cut."""
+RunPieces = Callable[[Sequence[torch.Tensor], Mapping[str, torch.Tensor], Sequence[str]], dict[str, torch.Tensor]]
+"""Computes some values of a file that is cut, of the tensors of a call and of what is to be read at each cut."""
 
 
 @dataclass(frozen=True)
@@ -24,22 +23,36 @@ class Names:
     outputs: tuple[str, ...]
     dims: tuple[dict[int, str], ...]
 
-    def with_cuts(self, forced: Mapping[str, str]) -> Names:
-        """The names of a file that is cut at values: each is an output, and what is read in its place an input."""
-        more = (name for name in forced if name not in self.outputs)
-        return Names((*self.inputs, *forced.values()), (*self.outputs, *more), self.dims)
+
+@dataclass(frozen=True, eq=False)
+class Pieces:
+    """A file that is cut at some of its values: what reads one reads what it is given in its place.
+
+    Attributes:
+        reads: Name of a value at a cut or of an output -> the cuts that it is computed of.
+        run: Computes such values.
+    """
+
+    reads: Mapping[str, frozenset[str]]
+    run: RunPieces
 
 
-def pieces_of(run: Run, names: Names, found: Sequence[str]) -> RunPieces:
-    """Sorts what a cut file gives, whose names are those of :meth:`Names.with_cuts`."""
+def forced(name: str) -> str:
+    """The name of what is given at a cut in the place of a value."""
+    return f"{name}_forced"
 
-    def run_pieces(
-        tensors: Sequence[torch.Tensor], cuts: Mapping[str, torch.Tensor]
-    ) -> tuple[list[Any], Mapping[str, torch.Tensor]]:
-        results = run([*tensors, *(cuts[name] for name in found)])
-        given = dict(
-            zip((*names.outputs, *(name for name in found if name not in names.outputs)), results, strict=True)
-        )
-        return [given[name] for name in names.outputs], {name: given[name] for name in found}
 
-    return run_pieces
+def reads_of(
+    operations: Iterable[tuple[Iterable[Hashable], Iterable[Hashable]]], cuts: Mapping[Hashable, str]
+) -> dict[Hashable, frozenset[str]]:
+    """Which cuts each value of a file is computed of.
+
+    Args:
+        operations: What each operation reads and gives, in execution order.
+        cuts: What is given at a cut -> name of the cut.
+    """
+    found = {given: frozenset((name,)) for given, name in cuts.items()}
+    for read, given in operations:
+        of = frozenset[str]().union(*(found.get(value, frozenset()) for value in read))
+        found |= {value: of for value in given if value not in cuts}
+    return found

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from fxcompress.engines.names import Names, Run, RunPieces, pieces_of
+from fxcompress.engines.names import Names, Pieces, Run, forced, reads_of
 from fxcompress.engines.onnx_blocks import BLOCKS_OPSET, block_translations, pack_blocks
 from fxcompress.engines.onnx_dynamic import forget_types, grid_translations
 from fxcompress.engines.onnx_experts import expert_translations
@@ -92,31 +93,73 @@ def _name_dims(model: Any, names: Names) -> None:
 
 def open_onnx(path: Path, names: Names) -> Run:
     """Runs a file as onnxruntime does by default."""
-    return _run_session(path.read_bytes(), path.name, names)
+    session = _session(path.read_bytes(), path.name)
+
+    def run(tensors: Sequence[torch.Tensor]) -> list[Any]:
+        return list(_run(session, dict(zip(names.inputs, tensors, strict=True)), names.outputs).values())
+
+    return run
 
 
-def onnx_pieces(path: Path, names: Names, cuts: Collection[str]) -> RunPieces:
-    """Runs a file without graph optimizations, cut at values: what reads one reads an input in its place."""
+def onnx_pieces(path: Path, names: Names, cuts: Collection[str]) -> Pieces:
+    """A file without graph optimizations, cut at values."""
     import onnx
     import onnxruntime
 
     model = onnx.load(path)
-    found = [node.output[0] for node in model.graph.node if node.output[0] in cuts]
-    forced = {name: f"{name}_forced" for name in found}
+    found = {node.output[0] for node in model.graph.node if node.output[0] in cuts}
     for node in model.graph.node:
         for index, name in enumerate(node.input):
-            node.input[index] = forced.get(name, name)
+            node.input[index] = forced(name) if name in found else name
     for name in found:
         real = onnx.TensorProto.FLOAT
-        model.graph.input.append(onnx.helper.make_tensor_value_info(forced[name], real, None))
+        model.graph.input.append(onnx.helper.make_tensor_value_info(forced(name), real, None))
         if name not in names.outputs:
             model.graph.output.append(onnx.helper.make_tensor_value_info(name, real, None))
-    level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    run = _run_session(model.SerializeToString(), path.name, names.with_cuts(forced), level)
-    return pieces_of(run, names, found)
+    operations = ((_read_by(node), node.output) for node in model.graph.node)
+    reads = reads_of(operations, {forced(name): name for name in found})
+
+    @lru_cache(maxsize=1)  # mostly all is wanted at once, and again for the other batch
+    def opened(wanted: tuple[str, ...]) -> Any:
+        piece = _that_gives(wanted, model).SerializeToString()
+        return _session(piece, path.name, onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL)
+
+    def run(
+        tensors: Sequence[torch.Tensor], values: Mapping[str, torch.Tensor], wanted: Sequence[str]
+    ) -> dict[str, torch.Tensor]:
+        given = dict(zip(names.inputs, tensors, strict=True)) | {forced(name): value for name, value in values.items()}
+        return _run(opened(tuple(wanted)), given, wanted)
+
+    return Pieces({name: reads.get(name, frozenset()) for name in (*names.outputs, *found)}, run)
 
 
-def _run_session(content: bytes, label: str, names: Names, level: Any = None) -> Run:
+def _that_gives(wanted: Collection[str], model: Any) -> Any:
+    """The part of a model that computes some values."""
+    import onnx
+
+    graph, needed, nodes = model.graph, set(wanted), []
+    for node in reversed(graph.node):
+        if not needed.isdisjoint(node.output):
+            needed.update(_read_by(node))
+            nodes.append(node)
+    inputs, held = ([value for value in values if value.name in needed] for values in (graph.input, graph.initializer))
+    outputs = [value for value in graph.output if value.name in wanted]
+    part = onnx.helper.make_graph(nodes[::-1], graph.name, inputs, outputs, held)
+    return onnx.helper.make_model(
+        part, opset_imports=model.opset_import, ir_version=model.ir_version, functions=model.functions
+    )
+
+
+def _read_by(node: Any) -> Iterator[str]:
+    """Names of all that an operation reads, also within its branches and bodies."""
+    yield from node.input
+    for attribute in node.attribute:
+        for graph in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+            for inner in graph.node:
+                yield from _read_by(inner)
+
+
+def _session(content: bytes, label: str, level: Any = None) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -124,17 +167,14 @@ def _run_session(content: bytes, label: str, names: Names, level: Any = None) ->
     if level is not None:
         options.graph_optimization_level = level
     try:
-        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions share no base class
         raise ArtifactError(
             f"onnxruntime cannot run {label}: {error}; use a dtype or operator that it knows, or export to .pt2"
         ) from error
-    kept = {value.name for value in session.get_inputs()}
 
-    def run(tensors: Sequence[torch.Tensor]) -> list[Any]:
-        feed = {
-            name: tensor.numpy(force=True) for name, tensor in zip(names.inputs, tensors, strict=True) if name in kept
-        }
-        return [torch.from_numpy(array) for array in session.run(list(names.outputs), feed)]
 
-    return run
+def _run(session: Any, tensors: Mapping[str, torch.Tensor], wanted: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Runs a session on those of the tensors that it reads."""
+    feed = {value.name: tensors[value.name].numpy(force=True) for value in session.get_inputs()}
+    return dict(zip(wanted, map(torch.from_numpy, session.run(list(wanted), feed)), strict=True))

@@ -8,7 +8,8 @@ give what the model's next ones give.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from fxcompress.engines.integers import holds_state, is_call
+from fxcompress.engines.names import Pieces
 from fxcompress.errors import VerificationError
 from fxcompress.ir.program import Interface
 
@@ -25,6 +27,9 @@ _FLIPPED = 0.01
 
 _OF_A_STEP = 0.02
 """What is less off than this part of a step is the same integer, and what is as near to the edge may become either."""
+
+_AT_ONCE = 2**28
+"""Bytes of values after which they are compared."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,47 +47,88 @@ class Rounded:
     on_edge: torch.Tensor
 
 
-def rounded_values(
-    module: fx.GraphModule, interface: Interface, outputs: tuple[str, ...], call: Any
-) -> dict[str, Rounded]:
-    """What each quantizer of activations gives, by the name that its value has in a file.
+def cut_names(module: fx.GraphModule, outputs: Mapping[int, str]) -> dict[fx.Node, str]:
+    """The nodes that give what quantizers of activations make, and the names that their values have in a file.
+
+    torch.export names the k-th call of an operator ``operator_k``, the first without.
+
+    Args:
+        module: An emitted module.
+        outputs: Index of a leaf of the output -> its name in the file.
+    """
+    calls = [node for node in module.graph.nodes if is_call(node, "dequantize_per_tensor")]
+    named = {node: f"dequantize_per_tensor{f'_{index}' if index else ''}" for index, node in enumerate(calls)}
+    cuts = {node: name for node, name in named.items() if _rounds(node.all_input_nodes[0])}
+    leaves = tree_leaves(module.graph.output_node().args)
+    return cuts | {leaves[index]: name for index, name in outputs.items() if leaves[index] in cuts}
+
+
+def _rounds(node: fx.Node) -> bool:
+    return is_call(node, "quantize_per_tensor") and not holds_state(node)
+
+
+class PieceCheck(fx.Interpreter):
+    """Runs a model and, as soon as enough values are there, the pieces of a file that give the same.
+
+    Values are held until no piece reads them any more: all at once are more than there is memory for where images are
+    large.
 
     Args:
         module: An emitted module in eval mode.
-        interface: How it is called.
-        outputs: Names of its output tensors in the file.
-        call: Positional and keyword inputs.
+        cuts: Where the file is cut; see :func:`cut_names`.
+        pieces: The file.
     """
-    args, kwargs = call
-    recorder = _Recorder(module)
-    with torch.no_grad():
-        result = recorder.run(*args, *(kwargs[name] for name in interface.names[len(args) :]))
-    leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-    renamed = {id(leaf): name for name, leaf in zip(outputs, leaves, strict=True)}
-    return {renamed.get(id(found.value), name): found for name, found in recorder.found.items()}
 
-
-class _Recorder(fx.Interpreter):
-    """Keeps what is dequantized. torch.export names the k-th call of an operator ``operator_k``, the first without."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, cuts: Mapping[fx.Node, str], pieces: Pieces) -> None:
         super().__init__(module)
-        self.found: dict[str, Rounded] = {}
-        self._calls = 0
+        self.extra_traceback = False  # it would be part of our messages
+        self._cuts, self._pieces = cuts, pieces
+        self._tensors: list[torch.Tensor] = []
         self._on_edge: dict[fx.Node, torch.Tensor] = {}
+        self._unchecked: dict[str, Rounded] = {}
+        self._held: dict[str, torch.Tensor] = {}
+        self._unread = Counter(cut for read in pieces.reads.values() for cut in read)
+
+    def outputs(self, interface: Interface, call: Any, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """What the file gives for outputs that no quantizer makes, where all before them is right.
+
+        Args:
+            interface: How the model is called.
+            call: Positional and keyword inputs.
+            names: The outputs.
+
+        Raises:
+            VerificationError: A piece gives something else; see :func:`check_rounded`.
+        """
+        args, kwargs = call
+        self._tensors = [leaf for leaf in tree_leaves(call) if isinstance(leaf, torch.Tensor)]
+        with torch.no_grad():
+            self.run(*args, *(kwargs[name] for name in interface.names[len(args) :]))
+        return self._check(names)
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if is_call(n, "quantize_per_tensor") and not holds_state(n):
+        if _rounds(n):
             given, scale, *_ = self.fetch_args_kwargs_from_env(n)[0]
             self._on_edge[n] = ((given.double() / scale).frac().abs() - 0.5).abs() < _OF_A_STEP
-        if is_call(n, "dequantize_per_tensor"):
-            if (integers := n.all_input_nodes[0]) in self._on_edge:
-                step = float(self.fetch_args_kwargs_from_env(n)[0][1])
-                name = f"dequantize_per_tensor{f'_{self._calls}' if self._calls else ''}"
-                self.found[name] = Rounded(value, step, self._on_edge.pop(integers))
-            self._calls += 1
+        if n in self._cuts:
+            step = float(self.fetch_args_kwargs_from_env(n)[0][1])
+            self._unchecked[self._cuts[n]] = Rounded(value, step, self._on_edge[n.all_input_nodes[0]])
+            if sum(rounded.value.nbytes for rounded in self._unchecked.values()) > _AT_ONCE:
+                self._check()
         return value
+
+    def _check(self, outputs: Sequence[str] = ()) -> dict[str, torch.Tensor]:
+        """Compares what waits for it; gives the outputs."""
+        waiting, self._unchecked = self._unchecked, {}
+        self._on_edge.clear()
+        self._held |= {name: rounded.value for name, rounded in waiting.items()}
+        wanted = [*(name for name in waiting if name in self._pieces.reads), *outputs]
+        found = self._pieces.run(self._tensors, self._held, wanted) if wanted else {}
+        check_rounded(waiting, {name: found[name] for name in wanted if name in waiting})
+        self._unread.subtract(cut for name in wanted for cut in self._pieces.reads[name])
+        self._held = {name: value for name, value in self._held.items() if self._unread[name] > 0}
+        return {name: found[name] for name in outputs}
 
 
 def check_rounded(expected: Mapping[str, Rounded], found: Mapping[str, torch.Tensor]) -> None:

@@ -9,9 +9,10 @@ from onnx import numpy_helper
 from torch import nn
 
 import fxcompress as fxc
-from fxcompress.engines import export, openvino_format
+from fxcompress.engines import export, openvino_format, pieces
 from fxcompress.engines.formats import FORMATS, Format
-from fxcompress.engines.pieces import Rounded, check_rounded, rounded_values
+from fxcompress.engines.names import Pieces
+from fxcompress.engines.pieces import PieceCheck, Rounded, check_rounded, cut_names
 
 ENGINES = {"onnxruntime": ".onnx", "openvino": ".xml"}
 
@@ -175,7 +176,7 @@ class Gate(nn.Module):
         return self.last(self.conv(x).sigmoid())
 
 
-def test_what_may_be_rounded_either_way_is_known():
+def test_what_may_be_rounded_either_way_is_known(monkeypatch):
     program = quantized(Gate(), torch.zeros(8, 3, 8, 8), "onnxruntime")
     module, interface = program.emit().eval(), program.interface
     with torch.no_grad():
@@ -184,7 +185,10 @@ def test_what_may_be_rounded_either_way_is_known():
         if "quantize_per_tensor" in str(node.target) and node.args[1] != 1.0:
             node.args = (node.args[0], 1 / 3, *node.args[2:])
     module.recompile()
-    points = rounded_values(module, interface, ("output",), ((torch.zeros(2, 3, 8, 8),), {}))
+    points = {}
+    monkeypatch.setattr(pieces, "check_rounded", lambda expected, found: points.update(expected))
+    check = PieceCheck(module, cut_names(module, {}), Pieces({}, lambda *given: {}))
+    check.outputs(interface, ((torch.zeros(2, 3, 8, 8),), {}), ())
     assert [bool(point.on_edge.all()) for point in points.values()] == [False, False, True, False]
 
 
@@ -197,6 +201,60 @@ def test_values_on_the_edge_between_two_integers_may_become_either():
         check_rounded(points, {"a": 0.5 * (torch.arange(100) > 97)})
     with pytest.raises(fxc.VerificationError, match="a differs from the model in 30 of 100 values, by up to 2 steps"):
         check_rounded(points, {"a": 1.0 * on_edge})
+
+
+@pytest.fixture
+def one_by_one(monkeypatch):
+    """Every value is compared as soon as it is there, as where values are large."""
+    monkeypatch.setattr(pieces, "_AT_ONCE", 0)
+
+
+@pytest.mark.parametrize("target", ENGINES)
+def test_values_are_compared_as_they_come_and_held_until_they_are_read(target, programs, tmp_path, monkeypatch):
+    held, compared = [], []
+    check, drop = pieces.check_rounded, PieceCheck._check
+
+    def counted(self, outputs=()):
+        given = drop(self, outputs)
+        held.append(len(self._held))
+        return given
+
+    monkeypatch.setattr(pieces, "_AT_ONCE", 0)
+    monkeypatch.setattr(pieces, "check_rounded", lambda *values: (check(*values), compared.append(len(values[1]))))
+    monkeypatch.setattr(PieceCheck, "_check", counted)
+    fxc.export(programs[target], tmp_path / f"m{ENGINES[target]}")
+    assert set(compared) == {0, 1}
+    assert sum(compared) > 10
+    assert max(held) == 2, "a block and its shortcut"
+    assert held[-1] == 0
+
+
+@pytest.mark.parametrize("target", ENGINES)
+def test_a_file_that_is_off_in_a_piece_of_many(target, programs, right, tmp_path, monkeypatch, one_by_one):
+    test_a_file_that_is_off_a_little_is_not_written(scale_of_a_weight, target, programs, right, tmp_path, monkeypatch)
+
+
+class Various(nn.Module):
+    """Gives a value that a quantizer makes, beside one that none does, and things that are no tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        x = self.conv(x).relu()
+        return {"last": self.last(x), "shape": x.shape[0], "both": [x, None]}
+
+
+@pytest.mark.parametrize("target", ENGINES)
+def test_outputs_between_others_that_are_no_tensors(target, tmp_path):
+    program = quantized(Various(), torch.randn(8, 3, 8, 8), target)
+    assert fxc.export(program, tmp_path / f"m{ENGINES[target]}").max_relative_error < 0.02
+
+
+def test_a_value_that_is_an_output_has_its_name_in_the_file():
+    module = quantized(Various(), torch.randn(8, 3, 8, 8), "onnxruntime").emit()
+    assert list(cut_names(module, {0: "last", 2: "both"}).values()) == ["dequantize_per_tensor", "both", "last"]
 
 
 # --- planted bugs ----------------------------------------------------------------------------------------------------
