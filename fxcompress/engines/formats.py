@@ -15,7 +15,7 @@ from fxcompress.engines.executorch_format import open_executorch, write_executor
 from fxcompress.engines.names import Names, Pieces, Run
 from fxcompress.engines.onnx_dynamic import multiply_integers
 from fxcompress.engines.onnx_format import onnx_pieces, open_onnx, write_onnx
-from fxcompress.engines.onnx_integers import round_biases
+from fxcompress.engines.onnx_integers import add_hard_sigmoids, round_biases
 from fxcompress.engines.openvino_format import open_openvino, openvino_pieces, write_openvino
 from fxcompress.engines.reexport import reexport
 from fxcompress.errors import InputError
@@ -75,6 +75,11 @@ def _write_onnxruntime(module: fx.GraphModule, interface: Interface, path: Path,
     round_biases(path)
 
 
+def _finish_onnxruntime(path: Path) -> None:
+    multiply_integers(path)
+    add_hard_sigmoids(path)
+
+
 _NOT_IN_NUMPY = frozenset({torch.bfloat16})
 
 FORMATS: Mapping[str, Format] = {
@@ -85,7 +90,7 @@ FORMATS: Mapping[str, Format] = {
         _write_onnxruntime,
         open_onnx,
         open_pieces=onnx_pieces,
-        finish=multiply_integers,
+        finish=_finish_onnxruntime,
         unsupported=_NOT_IN_NUMPY,
     ),
     ".xml": Format(

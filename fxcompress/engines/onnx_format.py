@@ -116,7 +116,7 @@ def onnx_pieces(path: Path, names: Names, cuts: Collection[str]) -> Pieces:
         model.graph.input.append(onnx.helper.make_tensor_value_info(forced(name), real, None))
         if name not in names.outputs:
             model.graph.output.append(onnx.helper.make_tensor_value_info(name, real, None))
-    operations = ((_read_by(node), node.output) for node in model.graph.node)
+    operations = ((read_by(node), node.output) for node in model.graph.node)
     reads = reads_of(operations, {forced(name): name for name in found})
 
     @lru_cache(maxsize=1)  # mostly all is wanted at once, and again for the other batch
@@ -140,7 +140,7 @@ def _that_gives(wanted: Collection[str], model: Any) -> Any:
     graph, needed, nodes = model.graph, set(wanted), []
     for node in reversed(graph.node):
         if not needed.isdisjoint(node.output):
-            needed.update(_read_by(node))
+            needed.update(read_by(node))
             nodes.append(node)
     inputs, held = ([value for value in values if value.name in needed] for values in (graph.input, graph.initializer))
     outputs = [value for value in graph.output if value.name in wanted]
@@ -150,13 +150,13 @@ def _that_gives(wanted: Collection[str], model: Any) -> Any:
     )
 
 
-def _read_by(node: Any) -> Iterator[str]:
+def read_by(node: Any) -> Iterator[str]:
     """Names of all that an operation reads, also within its branches and bodies."""
     yield from node.input
     for attribute in node.attribute:
         for graph in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
             for inner in graph.node:
-                yield from _read_by(inner)
+                yield from read_by(inner)
 
 
 def _session(content: bytes, label: str, level: Any = None) -> Any:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from fxcompress.engines.onnx_format import read_by
+
 
 def drop_zero_points(file: Path) -> None:
     """Takes zero points that are all 0 away from the DequantizeLinear nodes of a file's signed integers, for OpenVINO.
@@ -57,6 +59,62 @@ def round_biases(file: Path) -> None:
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     onnx.save(model, file)
+
+
+def add_hard_sigmoids(file: Path) -> None:
+    """Writes hard sigmoids between integers as sums, for which onnxruntime has an integer kernel.
+
+    ``alpha * x + beta`` is the same integers with a step of ``alpha`` times as much, and a constant; the quantizer
+    behind saturates at 0, and at 1 or before.
+    """
+    import onnx
+
+    model = onnx.load(file)
+    if not any(node.op_type == "HardSigmoid" for node in model.graph.node):
+        return
+    held, made = _initializers(model), {name: node for node in model.graph.node for name in node.output}
+    beyond = {name for node in model.graph.node if not _saturates(node, held) for name in read_by(node)}
+    beyond |= {value.name for value in model.graph.output}
+    nodes = []
+    for node in model.graph.node:
+        source = made.get(node.input[0]) if node.op_type == "HardSigmoid" else None
+        scale = _scale(source, held)
+        if source is None or scale is None or node.output[0] in beyond:
+            nodes.append(node)
+        else:
+            given = {attribute.name: attribute.f for attribute in node.attribute}
+            nodes += _sum_of(source, scale * given.get("alpha", 0.2), given.get("beta", 0.5), node.output[0], model)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, file)
+
+
+def _saturates(node: Any, held: Mapping[str, Any]) -> bool:
+    """Whether a node makes integers of what is from 0 to 1, and of nothing beyond."""
+    import onnx
+
+    if node.op_type != "QuantizeLinear" or len(node.input) < 3 or not held.keys() >= set(node.input[1:]):
+        return False
+    scale, zero_point = (onnx.numpy_helper.to_array(held[name]) for name in node.input[1:])
+    from_0 = zero_point.dtype == np.uint8 and not zero_point.any()
+    return bool(from_0 and scale.size == 1 and scale * 255 <= 1 + 1e-6)
+
+
+def _sum_of(source: Any, scale: np.ndarray[Any, Any], addend: float, name: str, model: Any) -> list[Any]:
+    """The sum of integers of a new scale and a number."""
+    import onnx
+
+    made = {"scale": np.float32(scale), "one": np.uint8(1), "addend": np.float32(addend), "zero": np.uint8(0)}
+    for part, value in made.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(value), f"{name}_{part}"))
+    terms = [f"{name}_scaled", f"{name}_constant"]
+    return [
+        onnx.helper.make_node("DequantizeLinear", [source.input[0], f"{name}_scale", *source.input[2:]], terms[:1]),
+        onnx.helper.make_node(
+            "DequantizeLinear", [f"{name}_one", f"{name}_addend", f"{name}_zero"], terms[1:], terms[1]
+        ),
+        onnx.helper.make_node("Add", terms, [name], name),
+    ]
 
 
 def _initializers(model: Any) -> dict[str, Any]:

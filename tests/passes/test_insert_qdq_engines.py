@@ -7,6 +7,7 @@ import torch
 from fxcompress.passes.insert_qdq import InsertQdq
 from models import BERT_INPUTS, residual_net, small_bert, small_vit
 from torch import nn
+from torch.nn import functional
 
 from fxcompress import InputError, PassManager, Task, export, trace
 from fxcompress.engines.executed import executed_layers, integer_share
@@ -125,6 +126,48 @@ def test_gates_and_means_are_computed_in_integers(activation, gates, tmp_path):
     assert found["QLinearSigmoid"] == gates
     assert found["QLinearAveragePool"] == 1
     assert not found.keys() & {"Sigmoid", "Mul", "ReduceMean"}
+
+
+def finished(program, file):
+    format_of(written(program, file)).finish(file)
+    return file
+
+
+def values(file, x):
+    """What a file gives, computed as it is written."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    return [torch.from_numpy(value) for value in session.run(None, {session.get_inputs()[0].name: x.numpy()})]
+
+
+def test_hard_sigmoids_between_integers_are_sums_of_integers(tmp_path):
+    done = quantized(lambda: (with_biases(Gated(nn.Hardswish())), images(2, 8), None, [images(8, 8)]), "onnxruntime")
+    before, after = written(done.program, tmp_path / "a.onnx"), finished(done.program, tmp_path / "b.onnx")
+    hard = [computed(file, tmp_path)["HardSigmoid"] for file in (before, after)]
+    assert hard == [3, 0]
+    assert computed(after, tmp_path)["QLinearAdd"] == 3
+    x = 4 * images(16, 8)  # beyond the calibrated ranges too
+    torch.testing.assert_close(values(before, x), values(after, x), rtol=0, atol=1e-6)
+
+
+class Read(nn.Module):
+    """A hard sigmoid that is also read as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        gate = functional.hardsigmoid(self.first(x))
+        return self.second(gate), gate.cos()
+
+
+def test_a_hard_sigmoid_that_is_read_in_floating_point_stays(tmp_path):
+    done = quantized(lambda: (with_biases(Read()), images(2, 8), None, [images(8, 8)]), "onnxruntime")
+    assert computed(finished(done.program, tmp_path / "m.onnx"), tmp_path)["HardSigmoid"] == 1
 
 
 def test_integers_go_through_pieces_of_channels(tmp_path):
