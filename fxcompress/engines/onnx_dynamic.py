@@ -15,6 +15,7 @@ import torch
 from torch.export import ExportedProgram
 
 from fxcompress.engines.integers import is_call
+from fxcompress.engines.onnx_reading import replace_nodes
 
 _PRODUCTS = ("MatMul", "Gemm")
 
@@ -72,9 +73,7 @@ def multiply_integers(file: Path) -> None:
         names = [f"{node.output[0]}_{part}" for part in ("integers", "scales")]
         model.graph.initializer.extend(map(onnx.numpy_helper.from_array, weight, names))
         nodes += _product(node, grid, *names)
-    del model.graph.node[:]
-    model.graph.node.extend(_used(model, nodes))
-    _drop_unread(model)
+    replace_nodes(model, nodes)
     onnx.save(model, file)
 
 
@@ -121,21 +120,3 @@ def _product(node: Any, grid: Any, integers: str, scales: str) -> Iterator[Any]:
     yield helper.make_node("Mul", [real, both], [product], product)
     if bias is not None:
         yield helper.make_node("Add", [product, bias], [result], result)
-
-
-def _used(model: Any, nodes: list[Any]) -> list[Any]:
-    """The nodes that something reads."""
-    wanted, kept = {value.name for value in model.graph.output}, []
-    for node in reversed(nodes):
-        if wanted & set(node.output):
-            wanted |= set(node.input)
-            kept.append(node)
-    return kept[::-1]
-
-
-def _drop_unread(model: Any) -> None:
-    read = {name for node in model.graph.node for name in node.input} | {value.name for value in model.graph.output}
-    for held in (model.graph.initializer, model.graph.value_info):
-        kept = [part for part in held if part.name in read]
-        del held[:]
-        held.extend(kept)

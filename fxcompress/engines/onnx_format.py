@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from fxcompress.engines.onnx_blocks import BLOCKS_OPSET, block_translations, pac
 from fxcompress.engines.onnx_dynamic import forget_types, grid_translations
 from fxcompress.engines.onnx_experts import expert_translations
 from fxcompress.engines.onnx_optimizer import simplify
+from fxcompress.engines.onnx_reading import needed_for, read_by
 from fxcompress.engines.onnx_settled import settle
 from fxcompress.engines.quiet import quiet
 from fxcompress.engines.reexport import TensorOutputs, reexport
@@ -137,26 +138,14 @@ def _that_gives(wanted: Collection[str], model: Any) -> Any:
     """The part of a model that computes some values."""
     import onnx
 
-    graph, needed, nodes = model.graph, set(wanted), []
-    for node in reversed(graph.node):
-        if not needed.isdisjoint(node.output):
-            needed.update(read_by(node))
-            nodes.append(node)
+    graph, given = model.graph, frozenset(wanted)
+    nodes, needed = needed_for(wanted, graph.node)
     inputs, held = ([value for value in values if value.name in needed] for values in (graph.input, graph.initializer))
-    outputs = [value for value in graph.output if value.name in wanted]
-    part = onnx.helper.make_graph(nodes[::-1], graph.name, inputs, outputs, held)
+    outputs = [value for value in graph.output if value.name in given]
+    part = onnx.helper.make_graph(nodes, graph.name, inputs, outputs, held)
     return onnx.helper.make_model(
         part, opset_imports=model.opset_import, ir_version=model.ir_version, functions=model.functions
     )
-
-
-def read_by(node: Any) -> Iterator[str]:
-    """Names of all that an operation reads, also within its branches and bodies."""
-    yield from node.input
-    for attribute in node.attribute:
-        for graph in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
-            for inner in graph.node:
-                yield from read_by(inner)
 
 
 def _session(content: bytes, label: str, level: Any = None) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fxcompress.engines.onnx_format import read_by
+from fxcompress.engines.onnx_reading import read_by, replace_nodes
 
 
 def drop_zero_points(file: Path) -> None:
@@ -79,13 +79,12 @@ def add_hard_sigmoids(file: Path) -> None:
     for node in model.graph.node:
         source = made.get(node.input[0]) if node.op_type == "HardSigmoid" else None
         scale = _scale(source, held)
-        if source is None or scale is None or node.output[0] in beyond:
+        if source is None or scale is None or scale.size != 1 or node.output[0] in beyond:
             nodes.append(node)
         else:
             given = {attribute.name: attribute.f for attribute in node.attribute}
             nodes += _sum_of(source, scale * given.get("alpha", 0.2), given.get("beta", 0.5), node.output[0], model)
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
+    replace_nodes(model, nodes)
     onnx.save(model, file)
 
 

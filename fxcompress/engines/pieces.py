@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from fxcompress.engines.integers import holds_state, is_call
 from fxcompress.engines.names import Pieces
 from fxcompress.errors import VerificationError
+from fxcompress.ir.emit import output_leaves
 from fxcompress.ir.program import Interface
 
 _FLIPPED = 0.01
@@ -56,11 +57,21 @@ def cut_names(module: fx.GraphModule, outputs: Mapping[int, str]) -> dict[fx.Nod
         module: An emitted module.
         outputs: Index of a leaf of the output -> its name in the file.
     """
-    calls = [node for node in module.graph.nodes if is_call(node, "dequantize_per_tensor")]
+    calls = [node for node in _live(module.graph) if is_call(node, "dequantize_per_tensor")]
     named = {node: f"dequantize_per_tensor{f'_{index}' if index else ''}" for index, node in enumerate(calls)}
     cuts = {node: name for node, name in named.items() if _rounds(node.all_input_nodes[0])}
-    leaves = tree_leaves(module.graph.output_node().args)
-    return cuts | {leaves[index]: name for index, name in outputs.items() if leaves[index] in cuts}
+    leaves = output_leaves(module)
+    first = {leaves[index]: name for index, name in reversed(list(outputs.items())) if leaves[index] in cuts}
+    return cuts | first
+
+
+def _live(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes that the output depends on: torch.export drops others."""
+    live: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op == "output" or not live.isdisjoint(node.users):
+            live.add(node)
+    return [node for node in graph.nodes if node in live]
 
 
 def _rounds(node: fx.Node) -> bool:
@@ -71,7 +82,7 @@ class PieceCheck(fx.Interpreter):
     """Runs a model and, as soon as enough values are there, the pieces of a file that give the same.
 
     Values are held until no piece reads them any more: all at once are more than there is memory for where images are
-    large.
+    large. Pieces read far back along a residual stream that stays in floating point, so there they are computed anew.
 
     Args:
         module: An emitted module in eval mode.
@@ -86,6 +97,7 @@ class PieceCheck(fx.Interpreter):
         self._tensors: list[torch.Tensor] = []
         self._on_edge: dict[fx.Node, torch.Tensor] = {}
         self._unchecked: dict[str, Rounded] = {}
+        self._bytes = 0
         self._held: dict[str, torch.Tensor] = {}
         self._unread = Counter(cut for read in pieces.reads.values() for cut in read)
 
@@ -114,14 +126,16 @@ class PieceCheck(fx.Interpreter):
         if n in self._cuts:
             step = float(self.fetch_args_kwargs_from_env(n)[0][1])
             self._unchecked[self._cuts[n]] = Rounded(value, step, self._on_edge[n.all_input_nodes[0]])
-            if sum(rounded.value.nbytes for rounded in self._unchecked.values()) > _AT_ONCE:
+            self._bytes += value.nbytes
+            if self._bytes > _AT_ONCE:
                 self._check()
+        for read in self.user_to_last_uses.get(n, ()):
+            self._on_edge.pop(read, None)
         return value
 
     def _check(self, outputs: Sequence[str] = ()) -> dict[str, torch.Tensor]:
         """Compares what waits for it; gives the outputs."""
-        waiting, self._unchecked = self._unchecked, {}
-        self._on_edge.clear()
+        waiting, self._unchecked, self._bytes = self._unchecked, {}, 0
         self._held |= {name: rounded.value for name, rounded in waiting.items()}
         wanted = [*(name for name in waiting if name in self._pieces.reads), *outputs]
         found = self._pieces.run(self._tensors, self._held, wanted) if wanted else {}

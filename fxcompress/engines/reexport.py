@@ -41,9 +41,12 @@ class TensorOutputs(nn.Module):
 
         @functools.wraps(model.forward)  # torch.export reads the signature, and names what it guards after it
         def forward(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-            given = {id(leaf) for leaf in tree_flatten((args, kwargs))[0]}
-            leaves = (leaf for leaf in tree_flatten(model(*args, **kwargs))[0] if isinstance(leaf, torch.Tensor))
-            # A file has one name for what goes in and another for what comes out.
-            return tuple(leaf.clone() if id(leaf) in given else leaf for leaf in leaves)
+            named = {id(leaf) for leaf in tree_flatten((args, kwargs))[0]}
+            results = []
+            for leaf in tree_flatten(model(*args, **kwargs))[0]:
+                if isinstance(leaf, torch.Tensor):  # a file has one name for each that goes in or comes out
+                    results.append(leaf.clone() if id(leaf) in named else leaf)
+                    named.add(id(leaf))
+            return tuple(results)
 
         self.forward = forward

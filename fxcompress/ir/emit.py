@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from fxcompress.ir.program import Interface, Program, clone_graph_module
 
@@ -67,6 +67,20 @@ class Pack(nn.Module):
 
     def forward(self, *leaves: Any) -> Any:
         return tree_unflatten(list(leaves), self.spec)
+
+
+def output_leaves(module: fx.GraphModule) -> list[Any]:
+    """What an emitted module gives, leaf by leaf: nodes, and what is no tensor."""
+
+    def leaves(tree: Any) -> Iterator[Any]:
+        for leaf in tree_leaves(tree):
+            packs = isinstance(leaf, fx.Node) and leaf.op == "call_module"
+            if packs and isinstance(module.get_submodule(str(leaf.target)), Pack):
+                yield from leaves(leaf.args)
+            else:
+                yield leaf
+
+    return list(leaves(module.graph.output_node().args))
 
 
 def emit(program: Program) -> fx.GraphModule:

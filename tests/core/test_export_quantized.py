@@ -1,5 +1,8 @@
 """Export of quantized models: the file is right piece by piece, and engines stay near it."""
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import onnx
 import openvino
 import pytest
@@ -246,10 +249,60 @@ class Various(nn.Module):
         return {"last": self.last(x), "shape": x.shape[0], "both": [x, None]}
 
 
+@dataclass
+class Both:
+    second: torch.Tensor
+    first: torch.Tensor
+
+
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+class Structured(Various):
+    """Gives the same in a structure that Python has no literal for."""
+
+    def __init__(self, structure):
+        super().__init__()
+        self.structure = structure
+
+    def forward(self, x):
+        given = super().forward(x)
+        return self.structure(given["both"][0], given["last"])
+
+
 @pytest.mark.parametrize("target", ENGINES)
-def test_outputs_between_others_that_are_no_tensors(target, tmp_path):
-    program = quantized(Various(), torch.randn(8, 3, 8, 8), target)
+@pytest.mark.parametrize(
+    "model",
+    [
+        Various(),
+        Structured(Both),
+        Structured(lambda first, second: (Pair(second, first), second.shape, None, first + 1)),
+        Structured(lambda first, second: (first, first, second, second)),
+    ],
+    ids=["no tensors", "dataclass", "namedtuple", "twice"],
+)
+def test_structures_of_outputs(model, target, tmp_path, one_by_one):
+    program = quantized(model, torch.randn(8, 3, 8, 8), target)
     assert fxc.export(program, tmp_path / f"m{ENGINES[target]}").max_relative_error < 0.02
+
+
+@pytest.mark.parametrize("target", ENGINES)
+def test_quantizers_of_other_tools(target, programs, tmp_path, one_by_one):
+    """One quantizer may have a dequantizer for each reader, and there may be some that nobody reads."""
+    module = programs[target].emit()
+    graph, dequantize = module.graph, torch.ops.quantized_decomposed.dequantize_per_tensor.default
+    several = [node for node in graph.find_nodes(op="call_function", target=dequantize) if len(node.users) > 1]
+    assert several
+    for node in several:
+        for user in list(node.users)[1:]:
+            with graph.inserting_before(user):
+                user.replace_input_with(node, graph.call_function(dequantize, node.args))
+        with graph.inserting_before(node):
+            graph.call_function(dequantize, node.args)
+    module.recompile()
+    fxc.export(module, tmp_path / f"m{ENGINES[target]}")
 
 
 def test_a_value_that_is_an_output_has_its_name_in_the_file():
