@@ -95,11 +95,14 @@ def _of_openvino(file: Path) -> list[ExecutedLayer]:
     except RuntimeError as error:
         raise ArtifactError(f"OpenVINO cannot run {file}: {error}") from error
     executed = compiled.get_runtime_model().get_ordered_ops()
-    return [layer for operation in executed for layer in _openvino_layers(operation, written)]
+    return [layer for operation in executed if (layer := _openvino_layer(operation, written)) is not None]
 
 
-def _openvino_layers(operation: Any, written: Mapping[str, str]) -> list[ExecutedLayer]:
-    """The layers that one executed operation is, or is compiled of (where there is AVX-512, attention is one kernel).
+def _openvino_layer(operation: Any, written: Mapping[str, str]) -> ExecutedLayer | None:
+    """The layer that an executed operation is, if it is one.
+
+    Where there is AVX-512, attention is compiled into one kernel, for which the runtime gives one precision: whether
+    its queries, keys and values come as integers tells more.
 
     Args:
         operation: What is executed.
@@ -109,11 +112,11 @@ def _openvino_layers(operation: Any, written: Mapping[str, str]) -> list[Execute
     kind, precision, origins = (
         str(said[key].value) if key in said else "" for key in ("layerType", "runtimePrecision", "originalLayersNames")
     )
-    made_of = {operation.get_friendly_name(): kind}
-    if kind == "Subgraph":
-        made_of = {name: written.get(name, "") for name in origins.split(",")}
     integer = precision in _INTEGER_PRECISIONS
-    return [ExecutedLayer(name, operator, integer) for name, operator in made_of.items() if operator in _OPENVINO]
+    if kind == "Subgraph" and any(written.get(name) in _OPENVINO for name in origins.split(",")):
+        read = [value.get_element_type().get_type_name() for value in operation.inputs()]
+        kind, integer = "MHA", sum(name in _INTEGER_PRECISIONS for name in read) >= 3
+    return ExecutedLayer(operation.get_friendly_name(), kind, integer) if kind in _OPENVINO else None
 
 
 def _of_executorch(file: Path) -> list[ExecutedLayer]:

@@ -67,9 +67,32 @@ def test_every_layer_is_computed_in_integers(subject, count, target, tmp_path):
     done = quantized(subject, target)
     file = written(done.program, tmp_path / f"m.{ENGINES[target]}")
     layers = executed_layers(file)
-    assert len(layers) == count
+    attention = sum(layer.operator == "MHA" for layer in layers)  # two products in one where there is AVX-512
+    assert len(layers) + attention == count
     assert [layer for layer in layers if not layer.integer] == []
     assert integer_share(layers) == 1
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(64, 64) for _ in range(4))
+
+    def forward(self, x):
+        query, key, value = (
+            layer(x).unflatten(-1, (4, 16)).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )
+        weights = (query @ key.transpose(-1, -2) * 0.25).softmax(-1)
+        return self.out((weights @ value).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(("skip", "all_integer"), [((), True), (("matmul",), False), (("matmul_1",), False)])
+@pytest.mark.parametrize("target", ENGINES)
+def test_attention_of_which_one_product_is_not(target, skip, all_integer, tmp_path):
+    x = torch.randn(8, 12, 64, generator=torch.Generator().manual_seed(0))
+    done = quantized(lambda: (with_biases(Attention()), x, None, [x]), target, skip=skip)
+    layers = executed_layers(written(done.program, tmp_path / f"m.{ENGINES[target]}"))
+    assert (integer_share(layers) == 1) == all_integer
 
 
 @pytest.mark.parametrize("target", ENGINES)
@@ -133,6 +156,15 @@ def finished(program, file):
     return file
 
 
+def unread(file):
+    """What the operations of a file give, and what of that is read."""
+    import onnx
+
+    graph = onnx.load(file).graph
+    made = {name for node in graph.node for name in node.output}
+    return made, made & ({name for node in graph.node for name in node.input} | {value.name for value in graph.output})
+
+
 def values(file, x):
     """What a file gives, computed as it is written."""
     import onnxruntime
@@ -151,6 +183,8 @@ def test_hard_sigmoids_between_integers_are_sums_of_integers(tmp_path):
     assert computed(after, tmp_path)["QLinearAdd"] == 3
     x = 4 * images(16, 8)  # beyond the calibrated ranges too
     torch.testing.assert_close(values(before, x), values(after, x), rtol=0, atol=1e-6)
+    made, read = unread(after)
+    assert made == read, "nothing is left that nobody reads"
 
 
 class Read(nn.Module):
