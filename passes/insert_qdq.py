@@ -16,7 +16,14 @@ from fxcompress.passes.quantization.grid import QuantizationParameters, Range
 from fxcompress.passes.quantization.nodes import is_quantization, quantize_dequantize, quantized, skipped
 from fxcompress.passes.quantization.placement import Placement, Point
 from fxcompress.passes.quantization.processor import has_vnni
-from fxcompress.passes.quantization.rewrites import flatten_rows, pool_mean, slice_channels, split_attention, split_gate
+from fxcompress.passes.quantization.rewrites import (
+    flatten_rows,
+    pool_mean,
+    slice_channels,
+    slice_roll,
+    split_attention,
+    split_gate,
+)
 from fxcompress.passes.quantization.targets import ATTENTION, ATTENTION_OPERANDS, MEANS, PADS, PIECES, Target, target_of
 from fxcompress.passes.ranges import Ranges
 from torch import fx
@@ -176,8 +183,10 @@ def _write_for(target: Target, calls: list[Operation]) -> bool:
             done |= split_gate(call, target.gates[call.overload])
         elif target.pools_means and call.overload in MEANS:
             done |= pool_mean(call)
-        elif target.slices_channels and call.overload in PIECES:
+        elif target.slices and call.overload in PIECES:
             done |= slice_channels(call)
+        elif target.slices and call.overload is aten.roll.default:
+            done |= slice_roll(call)
         elif target.splits_attention and call.overload is ATTENTION:
             done |= split_attention(call)
         elif target.flattens_rows and call.overload is aten.linear.default:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import networkx as nx
 import torch
 from fxcompress.passes.quantization.grid import Grid
-from fxcompress.passes.quantization.targets import CONVOLUTIONS, PADS, Target
+from fxcompress.passes.quantization.targets import CONVOLUTIONS, NORMS, PADS, Target
 from torch import fx
 
 from fxcompress.ir.ops import Operation, operation
@@ -85,9 +85,10 @@ class Placement:
         if named & set(self._target.reads(call.overload)):
             return self._computes(call)
         if named & set(self._target.carriers.get(call.overload, ())):
-            if self._fused_with(source) is user:
+            if self._fused_with(source) is user or not self._computes(call):
                 return False
-            return self._computes(call) and (user in self._integral or self._gives_integers(call))
+            # a norm evens channels out: before it they have one scale only where they are of integers anyway
+            return user in self._integral or (call.overload not in NORMS and self._gives_integers(call))
         return self._passes(user)
 
     def _made_of_integers(self) -> set[fx.Node]:
@@ -162,8 +163,7 @@ class Placement:
             return None
         (user,) = node.users
         follows = self._calls.get(user)
-        computes = target.layers.keys() | target.products.keys() | target.carriers.keys() | target.fused
-        if follows is None or follows.overload not in target.fused or call.overload not in computes:
+        if follows is None or follows.overload not in target.fused or call.overload not in target.computed:
             return None
         return user
 

@@ -173,6 +173,26 @@ def slice_channels(call: Operation) -> bool:
     return True
 
 
+def slice_roll(call: Operation) -> bool:
+    """Writes a roll as concatenations of slices."""
+    source = call.node.args[0]
+    assert isinstance(source, fx.Node)
+    shape, dims = source.meta["val"].shape, call["dims"]
+    shifts = [(shift, dim, shape[dim]) for shift, dim in zip(call["shifts"], dims, strict=bool(dims))]
+    if not all(isinstance(number, int) for shift in shifts for number in shift):
+        return False
+    starts = [(dim, size, -shift % size) for shift, dim, size in shifts if size and shift % size]
+    if not starts:
+        return False
+    with _in_place_of(call) as write:
+        for dim, size, start in starts:
+            pieces = [write(aten.slice.Tensor, source, dim, *ends) for ends in ((start, size), (0, start))]
+            source = write(aten.cat.default, pieces, dim)
+    call.node.replace_all_uses_with(source)
+    call.node.graph.erase_node(call.node)
+    return True
+
+
 def flatten_rows(call: Operation) -> bool:
     """Gives a linear layer an input of two dims, and its result the shape that it had."""
     source = call.node.args[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from fxcompress.passes.quantization.grid import Grid
@@ -51,6 +52,21 @@ PIECES = frozenset(
 
 CLAMPS = frozenset({aten.relu.default, aten.hardtanh.default, aten.relu6.default, aten.clamp.default})
 """Activations that every engine computes together with the layer before them."""
+
+ACTIVATIONS = CLAMPS | {
+    aten.elu.default,
+    aten.gelu.default,
+    aten.hardsigmoid.default,
+    aten.hardswish.default,
+    aten.leaky_relu.default,
+    aten.mish.default,
+    aten.prelu.default,
+    aten.sigmoid.default,
+    aten.silu.default,
+    aten.softplus.default,
+    aten.tanh.default,
+}
+"""Those that an engine computes so which compiles what follows a layer into its kernel."""
 
 VIEWS = frozenset(
     {
@@ -99,7 +115,7 @@ class Target:
         gates: Activation -> the gate that it multiplies its operand by, where the engine has integer kernels for that
             gate and for products, and none for the activation.
         pools_means: Whether the mean of an image must be written as a pool for the engine to compute it in integers.
-        slices_channels: Whether pieces of an image's channels must be written as slices for integers to go through.
+        slices: Whether pieces of an image's channels, and rolls, must be written as slices for integers to go through.
         flattens_rows: Whether a linear layer must be written with two dims for the engine to compute its bias with it.
         slow: Operators that take longer in integers than in float32 where the processor has no VNNI.
     """
@@ -116,9 +132,14 @@ class Target:
     splits_attention: bool = True
     gates: Mapping[OpOverload, OpOverload] = field(default_factory=dict)
     pools_means: bool = False
-    slices_channels: bool = False
+    slices: bool = False
     flattens_rows: bool = False
     slow: frozenset[OpOverload] = frozenset()
+
+    @cached_property
+    def computed(self) -> frozenset[OpOverload]:
+        """The operators that it computes in integers, or together with such."""
+        return self.fused.union(self.layers, self.products, self.carriers)
 
     def without_slow(self) -> Target:
         """The profile for processors without VNNI: what is slow there stays in floating point."""
@@ -143,18 +164,18 @@ TARGETS: Mapping[str, Target] = {
         layers={**LAYERS, **dict.fromkeys(TRANSPOSED, ("input",))},
         products=PRODUCTS,
         carriers={**ELEMENTWISE, **MEANS, **NORMS},
-        fused=CLAMPS | NORMS.keys(),
+        fused=ACTIVATIONS | NORMS.keys(),
         views=VIEWS,
         joins=_CAT,
         grid=_SYMMETRIC,
         factor=_SYMMETRIC,
-        slices_channels=True,
+        slices=True,
         slow=frozenset({aten.linear.default, *PRODUCTS, ATTENTION}),  # 0.8 to 0.95 of float32's speed with AVX2
     ),
     "onnxruntime": Target(  # its kernels for a signed first factor are many times slower where there is no VNNI
         layers=LAYERS,
         products=PRODUCTS,
-        carriers={**ELEMENTWISE, **AVERAGES},
+        carriers={**ELEMENTWISE, **AVERAGES, aten.leaky_relu.default: ("self",)},
         fused=CLAMPS,
         views=VIEWS,
         joins=_CAT,
@@ -162,7 +183,7 @@ TARGETS: Mapping[str, Target] = {
         factor=_SYMMETRIC,
         gates={aten.silu.default: aten.sigmoid.default, aten.hardswish.default: aten.hardsigmoid.default},
         pools_means=True,
-        slices_channels=True,
+        slices=True,
         flattens_rows=True,
     ),
     "x86": Target(  # Inductor looks for integers right before a layer, and computes the rest in code of its own

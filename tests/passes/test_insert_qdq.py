@@ -162,6 +162,25 @@ def test_what_is_computed_of_weights_alone_stays():
     assert "%mul = aten.mul.Tensor(%relu_1, %reshape)" in text
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_sum_goes_through_an_activation(target):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Leaky(), nn.Conv2d(4, 4, 1))
+    text = structure(quantized(model, 8, 3, 8, 8, target=target)[0])
+    assert "%add = aten.add.Tensor(q(%_1_conv), q(%leaky_relu))" in text
+    assert "%leaky_relu_1 = aten.leaky_relu.default(q(%add))" in text or target == "openvino"
+    assert "%_2 = aten.conv2d.default(q(%leaky_relu_1), w(2.weight), 2.bias)" in text
+
+
+class Leaky(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        x = nn.functional.leaky_relu(x)
+        return nn.functional.leaky_relu(self.conv(x) + x)
+
+
 class Joined(nn.Module):
     """A norm that no layer takes in, as in DenseNet."""
 
@@ -179,6 +198,17 @@ def test_a_norm_after_a_concatenation_reads_integers_in_openvino():
     assert "%cat = aten.cat.default(q(%first), q(%second))" in text
     assert "%relu = aten.relu.default(%norm)" in text
     assert "%last = aten.conv2d.default(q(%relu), w(last.weight), last.bias)" in text
+
+
+def test_a_norm_of_what_no_layer_in_integers_makes_reads_it_as_it_is():
+    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1)]
+    norm = nn.BatchNorm2d(3)
+    nn.init.ones_(norm.bias)  # padding is not 1: the layer cannot take the norm in
+    text = structure(quantized(nn.Sequential(norm, *layers), 8, 3, 8, 8)[0])
+    assert "%_0 = 0(%input_1)" in text, "before it, channels may differ by orders of magnitude"
+    program = trace(nn.Sequential(*layers).eval(), torch.randn(8, 3, 8, 8))
+    done = PassManager([InsertQdq(vnni=True, skip=("0",))]).run(program, Task(calibration=data(8, 3, 8, 8)))
+    assert "%_1 = 1(%_0)" in structure(done.program)
 
 
 def test_a_norm_after_a_layer_is_computed_with_it():

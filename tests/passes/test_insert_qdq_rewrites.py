@@ -8,6 +8,7 @@ from fxcompress.passes.quantization.rewrites import (
     flatten_rows,
     pool_mean,
     slice_channels,
+    slice_roll,
     split_attention,
     split_gate,
 )
@@ -217,3 +218,22 @@ def test_other_pieces_stay(function, example):
     program = trace(Applied(function), example).copy()
     (call,) = (call for call in operations(program.graph_module) if call.overload is aten.chunk.default)
     assert not slice_channels(call)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.roll(1, 1),
+        lambda x: x.roll((-2, 3), (2, -1)),
+        lambda x: x.roll((7, 5, -1), (2, 1, 2)),  # once around, not at all, and one dim twice
+    ],
+)
+def test_a_roll(function):
+    check(Applied(function), image(2), image(3), aten.roll.default, slice_roll)
+
+
+@pytest.mark.parametrize("function", [lambda x: x.roll(3), lambda x: x.roll(5, 1), lambda x: x.roll(1, 0)])
+def test_other_rolls_stay(function):
+    program = trace(Applied(function), image(2)).copy()
+    (call,) = (call for call in operations(program.graph_module) if call.overload is aten.roll.default)
+    assert not slice_roll(call), "of the flat tensor, by nothing, or along a batch of any size"
