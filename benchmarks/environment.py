@@ -50,6 +50,13 @@ def write_results(name: str, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def of_processor(name: str) -> str:
+    """Name of results that depend on the processor's integer instructions: one kind's do not replace the other's."""
+    from fxcompress.passes.quantization.processor import has_vnni
+
+    return f"{name}_vnni" if has_vnni() else name
+
+
 def _instructions() -> list[str]:
     """What the processor has for integers: without VNNI or AMX int8 gains less."""
     wanted = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8")

@@ -32,7 +32,7 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
-from environment import write_results
+from environment import of_processor, write_results
 from photographs import CALIBRATION, TEST, crops, efficientnet_lite0
 from tabulate import tabulate
 from torch import nn
@@ -321,7 +321,7 @@ def main() -> int:
     columns = ("model", "row", "where", "sqnr_db", "agreement", "seconds")
     print(tabulate([[row.get(column) for column in columns] for row in rows], columns, floatfmt=".3f"))
     if options.only == "*" and options.models == list(SUBJECTS):
-        print(f"written to {write_results('int8_fidelity', rows)}")
+        print(f"written to {write_results(of_processor('int8_fidelity'), rows)}")
     return 0
 
 

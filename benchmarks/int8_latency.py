@@ -8,7 +8,8 @@ half of each channel group removed before: what pruning and int8 give together.
     python benchmarks/int8_latency.py
     python benchmarks/int8_latency.py --only DeiT-tiny --batch 1
 
-Each network replaces its rows in the results, so that a run can be made in parts.
+Each network replaces its rows in the results, so that a run can be made in parts. Processors with VNNI have results of
+their own (``int8_latency_vnni.json``).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
 
 import torch
-from environment import RESULTS, write_results
+from environment import RESULTS, of_processor, write_results
 from int8_models import NETWORKS, Network, network, nncf_quantized, onnxruntime_quantized
 from tabulate import tabulate
 from torch.nn import functional
@@ -131,11 +132,12 @@ def ms(seconds: float) -> float:
 
 def merge(name: str, rows: list[dict[str, Any]]) -> None:
     """Puts the rows of a network in the place of its old ones."""
-    path = RESULTS / "int8_latency.json"
+    results = of_processor("int8_latency")
+    path = RESULTS / f"{results}.json"
     old = json.loads(path.read_text())["rows"] if path.exists() else []
     kept = [row for row in old if (row["network"], row["batch"]) not in {(name, row["batch"]) for row in rows}]
     order = list(NETWORKS)
-    write_results("int8_latency", sorted([*kept, *rows], key=lambda row: (order.index(row["network"]), row["batch"])))
+    write_results(results, sorted([*kept, *rows], key=lambda row: (order.index(row["network"]), row["batch"])))
 
 
 if __name__ == "__main__":

@@ -78,14 +78,18 @@ def removal_coverage():
     return github(rows, headers)
 
 
-def int8_latency():
+def int8_latency(name="int8_latency"):
     columns = ("network", "batch", "engine", "eager ms", "float ms", "peer ms", "ours ms", "over eager", "over float",
                "over peer", "int8 layers", "cosine")  # fmt: skip
-    return github([[str(row[column]) for column in columns] for row in results("int8_latency")["rows"]], columns)
+    return github([[str(row[column]) for column in columns] for row in results(name)["rows"]], columns)
 
 
-def int8_fidelity():
-    rows = results("int8_fidelity")["rows"]
+def int8_latency_vnni():
+    return int8_latency("int8_latency_vnni")
+
+
+def int8_fidelity(name="int8_fidelity"):
+    rows = results(name)["rows"]
     models = dict.fromkeys(row["model"] for row in rows)
     found = {(row["row"], row["where"], row["model"]): row for row in rows if "error" not in row}
 
@@ -94,6 +98,10 @@ def int8_fidelity():
 
     kinds = dict.fromkeys((row, where) for row, where, _ in found)
     return github([(*kind, *(cell(*kind, model) for model in models)) for kind in kinds], ("int8 by", "in", *models))
+
+
+def int8_fidelity_vnni():
+    return int8_fidelity("int8_fidelity_vnni")
 
 
 def int8_coverage():
@@ -164,7 +172,7 @@ def removal_growth():
 
 _MADE = (
     passes, layers, exports, coverage, trace_time, removal_coverage, one_shot_quality, removal_speed, removal_growth,
-    int8_latency, int8_fidelity, int8_coverage,
+    int8_latency, int8_latency_vnni, int8_fidelity, int8_fidelity_vnni, int8_coverage,
 )  # fmt: skip
 TABLES = {function.__name__: function for function in _MADE}
 
