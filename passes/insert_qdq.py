@@ -120,7 +120,8 @@ class InsertQdq(Transform):
         scale = None if layer is None else _scale(root, layer.operation["input"], target)
         if layer is None or scale is None:
             return False
-        scales = weights.channel_scales(layer, scale, self.weight_bits, pairs=not self._vnni)
+        made = _scale_of_result(root, node, target) if target.rounds_biases else None
+        scales = weights.channel_scales(layer, scale, self.weight_bits, not self._vnni, made)
         if self.granularity == "tensor":
             scales = scales.max().expand_as(scales).contiguous()
         weights.quantize_weight(root, layer, lowered(root, layer.operation), scales, self.weight_bits)
@@ -201,6 +202,19 @@ def _parameters(points: list[Point], ranges: Mapping[str, Range]) -> list[Quanti
         found = ranges[point.source.name]
         united[point.sharing] = united.get(point.sharing, found).united(found)
     return [point.grid.parameters(united[point.sharing]) for point in points]
+
+
+def _scale_of_result(root: fx.GraphModule, node: fx.Node, target: Target) -> float | None:
+    """The scale of the integers that are made of a layer's result, if all who read it read those."""
+    while len(node.users) == 1:
+        (node,) = node.users
+        if node.target is quantized.quantize_per_tensor.default:
+            scale: Any = node.args[1]
+            return float(scale)
+        call = operation(root, node)
+        if call is None or call.overload not in target.fused:
+            return None
+    return None
 
 
 def _scale(root: fx.GraphModule, node: fx.Node, target: Target) -> float | None:

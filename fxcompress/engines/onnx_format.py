@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,11 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from fxcompress.engines.names import Names, Pieces, Run, forced, reads_of
+from fxcompress.engines.names import Names, Run
 from fxcompress.engines.onnx_blocks import BLOCKS_OPSET, block_translations, pack_blocks
 from fxcompress.engines.onnx_dynamic import forget_types, grid_translations
 from fxcompress.engines.onnx_experts import expert_translations
 from fxcompress.engines.onnx_optimizer import simplify
-from fxcompress.engines.onnx_reading import needed_for, read_by
 from fxcompress.engines.onnx_settled import settle
 from fxcompress.engines.quiet import quiet
 from fxcompress.engines.reexport import TensorOutputs, reexport
@@ -94,61 +92,15 @@ def _name_dims(model: Any, names: Names) -> None:
 
 def open_onnx(path: Path, names: Names) -> Run:
     """Runs a file as onnxruntime does by default."""
-    session = _session(path.read_bytes(), path.name)
+    session = open_session(path.read_bytes(), path.name)
 
     def run(tensors: Sequence[torch.Tensor]) -> list[Any]:
-        return list(_run(session, dict(zip(names.inputs, tensors, strict=True)), names.outputs).values())
+        return list(run_session(session, dict(zip(names.inputs, tensors, strict=True)), names.outputs).values())
 
     return run
 
 
-def onnx_pieces(path: Path, names: Names, cuts: Collection[str]) -> Pieces:
-    """A file without graph optimizations, cut at values."""
-    import onnx
-    import onnxruntime
-
-    model = onnx.load(path)
-    found = {node.output[0] for node in model.graph.node if node.output[0] in cuts}
-    for node in model.graph.node:
-        for index, name in enumerate(node.input):
-            node.input[index] = forced(name) if name in found else name
-    for name in found:
-        real = onnx.TensorProto.FLOAT
-        model.graph.input.append(onnx.helper.make_tensor_value_info(forced(name), real, None))
-        if name not in names.outputs:
-            model.graph.output.append(onnx.helper.make_tensor_value_info(name, real, None))
-    operations = ((read_by(node), node.output) for node in model.graph.node)
-    reads = reads_of(operations, {forced(name): name for name in found})
-
-    @lru_cache(maxsize=1)  # mostly all is wanted at once, and again for the other batch
-    def opened(wanted: tuple[str, ...]) -> Any:
-        piece = _that_gives(wanted, model).SerializeToString()
-        return _session(piece, path.name, onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL)
-
-    def run(
-        tensors: Sequence[torch.Tensor], values: Mapping[str, torch.Tensor], wanted: Sequence[str]
-    ) -> dict[str, torch.Tensor]:
-        given = dict(zip(names.inputs, tensors, strict=True)) | {forced(name): value for name, value in values.items()}
-        return _run(opened(tuple(wanted)), given, wanted)
-
-    return Pieces({name: reads.get(name, frozenset()) for name in (*names.outputs, *found)}, run)
-
-
-def _that_gives(wanted: Collection[str], model: Any) -> Any:
-    """The part of a model that computes some values."""
-    import onnx
-
-    graph, given = model.graph, frozenset(wanted)
-    nodes, needed = needed_for(wanted, graph.node)
-    inputs, held = ([value for value in values if value.name in needed] for values in (graph.input, graph.initializer))
-    outputs = [value for value in graph.output if value.name in given]
-    part = onnx.helper.make_graph(nodes, graph.name, inputs, outputs, held)
-    return onnx.helper.make_model(
-        part, opset_imports=model.opset_import, ir_version=model.ir_version, functions=model.functions
-    )
-
-
-def _session(content: bytes, label: str, level: Any = None) -> Any:
+def open_session(content: bytes, label: str, level: Any = None) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -163,7 +115,7 @@ def _session(content: bytes, label: str, level: Any = None) -> Any:
         ) from error
 
 
-def _run(session: Any, tensors: Mapping[str, torch.Tensor], wanted: Sequence[str]) -> dict[str, torch.Tensor]:
+def run_session(session: Any, tensors: Mapping[str, torch.Tensor], wanted: Sequence[str]) -> dict[str, torch.Tensor]:
     """Runs a session on those of the tensors that it reads."""
     feed = {value.name: tensors[value.name].numpy(force=True) for value in session.get_inputs()}
     return dict(zip(wanted, map(torch.from_numpy, session.run(list(wanted), feed)), strict=True))

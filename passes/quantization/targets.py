@@ -116,6 +116,8 @@ class Target:
             gate and for products, and none for the activation.
         pools_means: Whether the mean of an image must be written as a pool for the engine to compute it in integers.
         slices: Whether pieces of an image's channels, and rolls, must be written as slices for integers to go through.
+        rounds_biases: Whether the biases of layers whose results become integers are rounded to steps of the product of
+            the scales of input and weight.
         flattens_rows: Whether a linear layer must be written with two dims for the engine to compute its bias with it.
         slow: Operators that take longer in integers than in float32 where the processor has no VNNI.
     """
@@ -133,6 +135,7 @@ class Target:
     gates: Mapping[OpOverload, OpOverload] = field(default_factory=dict)
     pools_means: bool = False
     slices: bool = False
+    rounds_biases: bool = False
     flattens_rows: bool = False
     slow: frozenset[OpOverload] = frozenset()
 
@@ -183,6 +186,7 @@ TARGETS: Mapping[str, Target] = {
         factor=_SYMMETRIC,
         gates={aten.silu.default: aten.sigmoid.default, aten.hardswish.default: aten.hardsigmoid.default},
         pools_means=True,
+        rounds_biases=True,
         slices=True,
         flattens_rows=True,
     ),

@@ -7,6 +7,10 @@ A channel's scale is its largest magnitude over the largest integer, but never s
   32-bit accumulators. What a coarser scale loses there is at most ``2**-23`` of the bias;
 - 1 where that leaves nothing that float32 can hold: the whole weight is zero, and so is the bias.
 
+Nor is it, where an engine rounds biases to steps of ``input scale * weight scale``, so large that such a step is more
+than two of the result's: weights of a batch norm's channel without variance are huge, and the bias would be lost for
+inputs that are always 0. A weight that is cut off so takes any other input by the whole grid of the result anyway.
+
 Nor may two neighbours be too large together (``pairs``): x86 processors without VNNI add the products of two
 neighbouring inputs in 16 bits, which saturate at 32767. Inputs are at most 255, so the integers of neighbours with one
 sign add up to at most 128; which inputs stand together is the order of channels-last weights in onnxruntime and in
@@ -36,12 +40,15 @@ _FACTORS = ("mat2", "other")
 """What the second factor of a product is called."""
 
 _BIAS_STEPS = 2.0**30
+_BIAS_RESULT_STEPS = 2.0
 _RELATIVE = 2.0**-23
 _PAIR = 2.0**15 / 2**8 - 1
 """Largest sum of two neighbours before they are rounded, each by at most a half."""
 
 
-def channel_scales(layer: WeightedLayer, input_scale: float, bits: int = 8, pairs: bool = True) -> torch.Tensor:
+def channel_scales(
+    layer: WeightedLayer, input_scale: float, bits: int = 8, pairs: bool = True, result_scale: float | None = None
+) -> torch.Tensor:
     """The scales of a layer's weight, one a channel along :func:`channel_axis`, float32.
 
     Args:
@@ -49,6 +56,7 @@ def channel_scales(layer: WeightedLayer, input_scale: float, bits: int = 8, pair
         input_scale: The scale of the integers that it reads.
         bits: Bits of the weight's integers.
         pairs: Whether sums of two products may have no more than 16 bits.
+        result_scale: The scale of the integers that are made of the result, if biases are rounded.
     """
     largest = 2 ** (bits - 1) - 1
     weight, axis = layer.operation["weight"].detach().double(), channel_axis(layer)
@@ -57,6 +65,8 @@ def channel_scales(layer: WeightedLayer, input_scale: float, bits: int = 8, pair
     if pairs:
         scales = scales.maximum(_pair_sums(layer, weight) / _PAIR)
     bias = layer.operation.parameter("bias")
+    if bias is not None and input_scale > 0 and result_scale is not None:
+        scales = scales.clamp(max=_BIAS_RESULT_STEPS * result_scale / input_scale)
     if bias is not None and input_scale > 0:
         steps = bias.detach().double().abs().reshape(-1, len(scales)).amax(0)
         scales = scales.maximum(steps / (input_scale * _BIAS_STEPS))

@@ -14,6 +14,7 @@ from fxcompress.engines.executed import executed_layers, integer_share
 from fxcompress.engines.export import tensor_names
 from fxcompress.engines.formats import format_of
 from fxcompress.engines.integers import with_integer_weights
+from fxcompress.verification.numerics import compare_outputs
 
 ENGINES = {"openvino": "xml", "onnxruntime": "onnx"}
 
@@ -71,6 +72,31 @@ def test_every_layer_is_computed_in_integers(subject, count, target, tmp_path):
     assert len(layers) + attention == count
     assert [layer for layer in layers if not layer.integer] == []
     assert integer_share(layers) == 1
+
+
+class Dead(nn.Module):
+    """A channel that is always 0, of which a layer takes 5000 times as much as of others."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.deep, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 4, 1)
+        with torch.no_grad():
+            self.first.bias.copy_(torch.tensor([-99.0, 0.1, 0.2, 0.3]))
+            self.deep.weight[0] = 5000.0
+            self.deep.bias.fill_(0.3)
+
+    def forward(self, x):
+        return self.last(self.deep(self.first(x).relu()).relu())
+
+
+@pytest.mark.parametrize("target", ENGINES)
+def test_a_dead_channel_keeps_its_bias(target, tmp_path):
+    done = quantized(lambda: (Dead().eval(), images(2, 8), None, [images(8, 8)]), target)
+    assert done.records[0].comparison.sqnr_db > 30
+    file = export(done.program, tmp_path / f"m.{ENGINES[target]}").path
+    x = images(8, 8)
+    (found,) = format_of(file).open(file, tensor_names(done.program.interface, done.program(x)))([x])
+    assert compare_outputs([done.program(x)], [found]).sqnr_db > 30
 
 
 class Attention(nn.Module):

@@ -63,6 +63,16 @@ def test_a_single_weight_has_no_neighbour(model):
     torch.testing.assert_close(scales, (model.weight.detach().abs().flatten(1)[:, 0] / 127).expand_as(scales))
 
 
+def test_a_huge_weight_does_not_take_the_bias_away():
+    model = nn.Conv2d(3, 3, 1, groups=3)
+    with torch.no_grad():
+        model.weight.view(-1).copy_(torch.tensor([1.0, 5000.0, 0.5]))
+    layer = layer_of(model, 2, 3, 5, 5)
+    free, bound = (channel_scales(layer, 0.1, result_scale=scale) for scale in (None, 0.03))
+    assert bound.tolist() == pytest.approx([1 / 127, 2 * 0.03 / 0.1, 0.5 / 127])
+    assert free.tolist() == pytest.approx([1 / 127, 5000 / 127, 0.5 / 127])
+
+
 def test_neighbours_of_different_signs_use_the_whole_grid():
     model = nn.Linear(4, 2)
     with torch.no_grad():
