@@ -152,9 +152,10 @@ class Placement:
 
     def _result(self, node: fx.Node) -> fx.Node:
         """Where the value of an operator ends: after the norm and the activation that are computed with it."""
-        while (user := self._fused_with(node)) is not None:
-            node = user
-        return node
+        user = self._fused_with(node)
+        if user is not None and self._calls[user].overload in NORMS:
+            user = self._fused_with(user) or user
+        return user or node
 
     def _fused_with(self, node: fx.Node) -> fx.Node | None:
         """The norm or activation that is computed with an operator, if one is."""

@@ -171,6 +171,15 @@ def test_a_sum_goes_through_an_activation(target):
     assert "%_2 = aten.conv2d.default(q(%leaky_relu_1), w(2.weight), 2.bias)" in text
 
 
+@pytest.mark.parametrize("target", [*TARGETS, "executorch"])
+def test_one_activation_is_computed_with_a_layer(target):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Hardtanh(-1, 9), nn.ReLU6(), nn.Conv2d(4, 4, 1))
+    text = structure(quantized(model, 8, 3, 8, 8, target=target)[0])
+    assert "%hardtanh = aten.hardtanh.default(%_0)" in text
+    read = "%hardtanh" if target == "openvino" else "q(%hardtanh)"  # kernels that give integers do so after one
+    assert f"%hardtanh_1 = aten.hardtanh.default({read})" in text
+
+
 class Leaky(nn.Module):
     def __init__(self):
         super().__init__()
