@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Collection, Iterator
@@ -49,11 +50,10 @@ TOLERANCES = {
 ENGINE_MARGIN_DB = 6.0
 """How much further than quantization itself an engine's integer kernels may take a quantized model from the model in
 floating point. Two roundings of one model that have nothing in common differ by twice the noise of one (3 dB); 3 dB are
-for small samples. It holds only for what the engine makes of a file that was found right piece by piece."""
+for samples. It holds only for what the engine makes of a file that was found right piece by piece."""
 
-RIGHT_KERNELS_MARGIN_DB = 12.0
-"""The same where the kernels were found right piece by piece too: then it is rounding that a deep model amplifies, and
-the few outputs of a few rows say little of how much."""
+RIGHT_KERNELS_DB = 6.0
+"""What is added where the kernels were found right piece by piece too: it is rounding that a deep model amplifies."""
 
 ENGINE_SQNR_DB = 40.0
 """What is always near enough in an engine (1 % of the signal): the noise of quantization may be less by accident."""
@@ -315,17 +315,27 @@ def _check(
             if exact is None:
                 raise VerificationError(f"{said}; export to another format, and report it")
             noise = measure_outputs([exact[index].cpu()], [reference.cpu()])
-            if not is_near(error, noise) and not (
-                is_near(error, noise, RIGHT_KERNELS_MARGIN_DB) and kernels_are_right()
+            margin = margin_db(reference.numel())
+            if not is_near(error, noise, margin) and not (
+                is_near(error, noise, margin + RIGHT_KERNELS_DB) and kernels_are_right()
             ):
                 raise VerificationError(_other_kernels(file, said, error, noise))
         worst = max(worst, error.max_rel_error)
     return worst
 
 
-def is_near(error: Comparison, noise: Comparison, margin_db: float = ENGINE_MARGIN_DB) -> bool:
+def margin_db(numbers: int) -> float:
+    """``ENGINE_MARGIN_DB``, and more where an output has few numbers.
+
+    The power of noise that is estimated from ``n`` numbers has a standard deviation of ``4.34 * sqrt(2 / n)`` dB, the
+    ratio of two such ``8.7 / sqrt(n)``; three of those are allowed.
+    """
+    return max(ENGINE_MARGIN_DB, 3 + 3 * 8.7 / math.sqrt(max(numbers, 1)))
+
+
+def is_near(error: Comparison, noise: Comparison, margin: float = ENGINE_MARGIN_DB) -> bool:
     """Whether an engine's integer kernels are as near to the model as its own quantization explains."""
-    return error.sqnr_db >= min(noise.sqnr_db - margin_db, ENGINE_SQNR_DB)
+    return error.sqnr_db >= min(noise.sqnr_db - margin, ENGINE_SQNR_DB)
 
 
 def _other_kernels(file: Path, said: str, error: Comparison, noise: Comparison) -> str:

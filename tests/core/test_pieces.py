@@ -322,3 +322,8 @@ def test_but_not_one_whose_kernels_are_wrong_or_unknown(coarse, tmp_path, engine
         engine_off(FURTHER, open_integer_pieces)
         with pytest.raises(fxc.VerificationError, match=r"The file is right, but the engine's integer kernels are not"):
             fxc.export(coarse, tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize(("numbers", "margin"), [(1, 29.1), (20, 8.8), (76, 6.0), (10**6, 6.0)])
+def test_few_outputs_say_little(numbers, margin):
+    assert export.margin_db(numbers) == pytest.approx(margin, abs=0.05)
