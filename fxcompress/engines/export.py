@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 import math
 import os
 import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +36,6 @@ from fxcompress.tracing.inputs import prepare
 from fxcompress.tracing.untouched import borrowed, seeded
 from fxcompress.verification.numerics import Comparison, compare_outputs, measure_outputs
 
-logger = logging.getLogger(__name__)
-
 TOLERANCES = {
     torch.float64: 1e-5,  # engines may compute in float32
     torch.float32: 1e-4,
@@ -51,9 +48,6 @@ ENGINE_MARGIN_DB = 6.0
 """How much further than quantization itself an engine's integer kernels may take a quantized model from the model in
 floating point. Two roundings of one model that have nothing in common differ by twice the noise of one (3 dB); 3 dB are
 for samples. It holds only for what the engine makes of a file that was found right piece by piece."""
-
-RIGHT_KERNELS_DB = 6.0
-"""What is added where the kernels were found right piece by piece too: it is rounding that a deep model amplifies."""
 
 ENGINE_SQNR_DB = 40.0
 """What is always near enough in an engine (1 % of the signal): the noise of quantization may be less by accident."""
@@ -155,21 +149,19 @@ def _write(module: fx.GraphModule, interface: Interface, file: Path, target: For
     with staged(file) as staging:
         target.write(with_integer_weights(module), interface, staging, names)
         exact: list[Any] = [None for _ in expected]
-        check_pieces = partial(_check_pieces, file, staging, module, interface, names, calls, outputs)
         if is_quantized(module) and target.own_kernels:
             if target.open_pieces is not None:
-                check_pieces(target.open_pieces)
+                _check_pieces(file, partial(target.open_pieces, staging), module, interface, names, calls, outputs)
             exact = [_tensors(output) for output in _outputs(without_quantization(module), calls)]
             if target.finish is not None:
                 target.finish(staging)
-        kernels_are_right = cache(partial(_passes, check_pieces, target.open_integer_pieces))
         with _engine(file):
             run = target.open(staging, names)
         errors, rounding = [], _rounding(module)
         for call, reference, before in zip(calls, expected, exact, strict=True):
             with seeded(), _engine(file):
                 given = run(_tensors(call))
-            errors.append(_check(file, names, reference, given, before, rounding, kernels_are_right))
+            errors.append(_check(file, names, reference, given, before, rounding))
         size = sum(made.stat().st_size for made in staging.parent.iterdir())
     return Exported(file, size, max(errors))
 
@@ -219,45 +211,32 @@ def _check_dtypes(tensors: list[torch.Tensor], target: Format) -> None:
             )
 
 
-def _passes(check: Callable[[Any], None], open_pieces: Any) -> bool:
-    """Whether an engine's kernels are right piece by piece, where there is a way to see that."""
-    try:
-        if open_pieces is not None:
-            check(open_pieces)
-    except VerificationError as wrong:
-        logger.info("%s", wrong)
-        return False
-    return open_pieces is not None
-
-
 def _check_pieces(
     file: Path,
-    staging: Path,
+    open_pieces: Callable[[Names, Collection[str]], Pieces],
     module: fx.GraphModule,
     interface: Interface,
     names: Names,
     calls: list[Any],
     outputs: list[Any],
-    open_pieces: Callable[[Path, Names, Collection[str]], Pieces],
 ) -> None:
     """Raises :class:`VerificationError` where a file is off between one quantizer and the next.
 
     Args:
         file: For messages.
-        staging: The file.
+        open_pieces: Opens the file, cut at values.
         module: What the file was written of.
         interface: How it is called.
         names: Names in the file.
         calls: Inputs.
         outputs: What the model gives for each.
-        open_pieces: Opens a file, cut at values.
     """
     tensors = [index for index, leaf in enumerate(tree_leaves(outputs[0])) if isinstance(leaf, torch.Tensor)]
     cuts = cut_names(module, dict(zip(tensors, names.outputs, strict=True)))
     real = [index for index, name in enumerate(names.outputs) if name not in cuts.values()]
     left = Names(names.inputs, tuple(names.outputs[index] for index in real), names.dims)
     with _engine(file):
-        pieces = open_pieces(staging, names, cuts.values())
+        pieces = open_pieces(names, cuts.values())
 
     def run(*given: Any) -> dict[str, torch.Tensor]:
         with _engine(file):
@@ -280,7 +259,6 @@ def _check(
     found: list[torch.Tensor],
     exact: list[torch.Tensor] | None = None,
     rounding: float = 0.0,
-    kernels_are_right: Callable[[], bool] = lambda: False,
 ) -> float:
     """The largest relative error over all outputs; raises :class:`VerificationError` where it is too large.
 
@@ -291,8 +269,6 @@ def _check(
         found: Those to check.
         exact: The model's outputs with nothing quantized, if integer kernels may depart from the model.
         rounding: What an engine may add because the model computes in a smaller dtype than the output's.
-        kernels_are_right: Tells whether the engine's kernels are right piece by piece; asked where it is further off
-            than usual.
     """
     worst = 0.0
     rounds_apart = exact is not None and format_of(file).open_pieces is not None
@@ -315,10 +291,7 @@ def _check(
             if exact is None:
                 raise VerificationError(f"{said}; export to another format, and report it")
             noise = measure_outputs([exact[index].cpu()], [reference.cpu()])
-            margin = margin_db(reference.numel())
-            if not is_near(error, noise, margin) and not (
-                is_near(error, noise, margin + RIGHT_KERNELS_DB) and kernels_are_right()
-            ):
+            if not is_near(error, noise, margin_db(reference.numel())):
                 raise VerificationError(_other_kernels(file, said, error, noise))
         worst = max(worst, error.max_rel_error)
     return worst

@@ -16,7 +16,7 @@ from fxcompress.engines.names import Names, Pieces, Run
 from fxcompress.engines.onnx_dynamic import multiply_integers
 from fxcompress.engines.onnx_format import open_onnx, write_onnx
 from fxcompress.engines.onnx_integers import add_hard_sigmoids, round_biases
-from fxcompress.engines.onnx_pieces import onnx_integer_pieces, onnx_pieces
+from fxcompress.engines.onnx_pieces import onnx_pieces
 from fxcompress.engines.openvino_format import open_openvino, openvino_pieces, write_openvino
 from fxcompress.engines.reexport import reexport
 from fxcompress.errors import InputError
@@ -37,7 +37,6 @@ class Format:
         finish: Rewrites a quantized file, once it was found right piece by piece, the way the engine finds its kernels.
         open_pieces: Opens a file cut at the values of those names, to be computed as it is written, where the engine
             would compute something else.
-        open_integer_pieces: Opens a finished file cut so, to be computed as the engine does by default.
         unsupported: dtypes that cannot go in or out.
     """
 
@@ -48,7 +47,6 @@ class Format:
     open: Callable[[Path, Names], Run]
     own_kernels: bool = True
     open_pieces: Callable[[Path, Names, Collection[str]], Pieces] | None = None
-    open_integer_pieces: Callable[[Path, Names, Collection[str]], Pieces] | None = None
     finish: Callable[[Path], None] | None = None
     unsupported: frozenset[torch.dtype] = frozenset()
 
@@ -93,7 +91,6 @@ FORMATS: Mapping[str, Format] = {
         _write_onnxruntime,
         open_onnx,
         open_pieces=onnx_pieces,
-        open_integer_pieces=onnx_integer_pieces,
         finish=_finish_onnxruntime,
         unsupported=_NOT_IN_NUMPY,
     ),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from fxcompress.passes.insert_qdq import InsertQdq
 from models import small_vit
+from quantizing import Joined
 from torch import nn
 
 from fxcompress import InputError, PassManager, Task, load, trace
@@ -188,18 +189,6 @@ class Leaky(nn.Module):
     def forward(self, x):
         x = nn.functional.leaky_relu(x)
         return nn.functional.leaky_relu(self.conv(x) + x)
-
-
-class Joined(nn.Module):
-    """A norm that no layer takes in, as in DenseNet."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.Conv2d(8, 4, 1)
-        self.norm = nn.BatchNorm2d(8)
-
-    def forward(self, x):
-        return self.last(self.norm(torch.cat([self.first(x), self.second(x)], 1)).relu())
 
 
 def test_a_norm_after_a_concatenation_reads_integers_in_openvino():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from fxcompress.passes.insert_qdq import InsertQdq
 from models import BERT_INPUTS, residual_net, small_bert, small_vit
+from quantizing import Joined
 from torch import nn
 from torch.nn import functional
 
@@ -243,18 +244,8 @@ def test_pieces_of_channels_are_not_rounded_again_for_openvino():
     assert len(rounded) == 3, "the input, and what the first two layers give"
 
 
-class Dense(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.Conv2d(8, 4, 1)
-        self.norm = nn.BatchNorm2d(8)
-
-    def forward(self, x):
-        return self.last(self.norm(torch.cat([self.first(x), self.second(x)], 1)).relu())
-
-
 def test_concatenations_before_norms_are_of_integers_in_openvino(tmp_path):
-    done = quantized(lambda: (with_biases(Dense()), images(2, 8), None, [images(8, 8)]), "openvino")
+    done = quantized(lambda: (with_biases(Joined()), images(2, 8), None, [images(8, 8)]), "openvino")
     executed = precisions(written(done.program, tmp_path / "m.xml"))
     assert executed["Concatenation"] in ({"i8"}, {"u8"})
 
