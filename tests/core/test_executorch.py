@@ -1,5 +1,7 @@
 """ExecuTorch: what its files can grow to, which kernels they run, what is refused; more is in ``test_export``."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from models import BERT_INPUTS, residual_net, small_bert, small_vit
@@ -8,6 +10,7 @@ from torch import nn
 import fxcompress as fxc
 from fxcompress.engines import export
 from fxcompress.engines.executed import executed_layers
+from fxcompress.engines.formats import FORMATS
 
 pytest.importorskip("executorch")
 
@@ -103,8 +106,21 @@ def test_integers_of_weights_that_are_off_are_not_written(change, tmp_path, monk
     right = export.with_integer_weights
     program = convolutions()
     monkeypatch.setattr(export, "with_integer_weights", wrong)
-    with pytest.raises(fxc.VerificationError, match="an SQNR of"):
+    with pytest.raises(fxc.VerificationError, match="differs from the model by"):
         fxc.export(program, tmp_path / "m.pte")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_engine_that_is_off_is_refused(tmp_path, monkeypatch):
+    real = FORMATS[".pte"]
+
+    def open_broken(path, names):
+        run = real.open(path, names)
+        return lambda tensors: [value * 1.1 for value in run(tensors)]
+
+    monkeypatch.setitem(FORMATS, ".pte", replace(real, open=open_broken))  # type: ignore[arg-type]
+    with pytest.raises(fxc.VerificationError, match=r"an SQNR of .*Quantize for another target"):
+        fxc.export(convolutions(), tmp_path / "m.pte")
     assert list(tmp_path.iterdir()) == []
 
 
