@@ -45,6 +45,8 @@ Run = Callable[[torch.Tensor], torch.Tensor]
 BATCH = 16
 CALIBRATION_SIZE, TEST_SIZE = 128, 256
 OBSERVERS = ("minmax", "moving-average", "percentile", "mse", "entropy")
+TARGETS = ("onnxruntime", "openvino", "x86")
+"""The last is what torchao's quantizer places for."""
 ENGINES = ("onnxruntime", "openvino")
 CORRECTIONS = ("equalize", "correct-bias", "refine-rounding")
 """In the order of the recipe."""
@@ -174,12 +176,12 @@ def with_corrections(chosen: list[str] | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def ours(subject: Subject, name: str, passes: tuple[str, ...]) -> Iterator[tuple[str, Run]]:
-    """As simulated; the rows that stand beside peers in both engines too."""
-    for engine in ENGINES if name in BESIDE_PEERS else ENGINES[:1]:
-        program = subject.program(tuple(each.replace("TARGET", engine) for each in passes))
-        yield f"simulated for {engine}", program
-        if name in BESIDE_PEERS:
-            yield engine, fxc.compile(program, engine)
+    """As simulated; the rows that stand beside peers for each target, and in both engines too."""
+    for target in TARGETS if name in BESIDE_PEERS else TARGETS[:1]:
+        program = subject.program(tuple(each.replace("TARGET", target) for each in passes))
+        yield f"simulated for {target}", program
+        if name in BESIDE_PEERS and target in ENGINES:
+            yield target, fxc.compile(program, target)
 
 
 # --- peers -----------------------------------------------------------------------------------------------------------
