@@ -126,8 +126,9 @@ class Regions:
         if dim is not None:
             self._add(region, region.readers, user, node, dim)
             return []
-        if not _is_float(user) and user.op != "output":
-            return []  # sizes
+        made = tree_leaves(user.meta.get("val"))
+        if user.op != "output" and not any(isinstance(leaf, torch.Tensor) for leaf in made):
+            return []  # sizes; integers may follow from values, as those of argmax do
         if node in (self._scaled(user) or ()):
             return [user]
         region.objections.append(("no-factor", user, f"{_shown(user)} gives no multiple for a multiple of {node.name}"))
@@ -147,7 +148,8 @@ class Regions:
         if [name for name, operand in call.operands.items() if operand is node] == ["input"]:
             layer = weighted_layer(call)
             return None if layer is None else layer.layout.channel_dim(node.meta["val"].dim())
-        return gain_dim(call) if call.node.meta["val"].dim() == node.meta["val"].dim() else None
+        made = call.node.meta.get("val")  # sizes, and several values, have no dims
+        return gain_dim(call) if isinstance(made, torch.Tensor) and made.dim() == node.meta["val"].dim() else None
 
     def _scaled(self, node: fx.Node) -> list[fx.Node] | None:
         """The operands that must have the factors for ``node`` to have them; ``None`` if it cannot."""

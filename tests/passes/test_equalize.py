@@ -251,6 +251,27 @@ def test_a_shared_layer_is_refused():
     check(Twice(), TOKENS, 0, ["shared-weight"])
 
 
+class Chunks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        first, second = self.a(x).chunk(2, -1)
+        return self.b(torch.cat([second, first], -1))
+
+
+class Sizes(Chunks):
+    def forward(self, x):
+        made = self.a(x)
+        return self.b(made.view(made.shape[0] * made.shape[1], 8).relu()), made.max(-1), made.argmax(-1)
+
+
+@pytest.mark.parametrize("model", [Chunks(), Sizes()])
+def test_pieces_and_sizes_beside_a_value(model):
+    equalized(model, inputs(4, 3, 6))
+
+
 def test_twice_is_once(tmp_path):
     _, after, _ = equalized(Residual(), IMAGES)
     again = PassManager("equalize").run(after, Task(calibration=[IMAGES]))
