@@ -27,14 +27,13 @@ class ArtifactError(FxCompressError):
 
 
 class MissingExtraError(FxCompressError, ImportError):
-    """An optional dependency is not installed; the message carries the ``pip install`` line."""
+    """An optional dependency is not installed, or too old; the message carries the ``pip install`` line."""
 
-    def __init__(self, package: str, extra: str, purpose: str) -> None:
+    def __init__(self, package: str, extra: str, purpose: str, problem: str = ", which is not installed") -> None:
         self.package = package
         self.extra = extra
         super().__init__(
-            f"{purpose} needs the package {package!r}, which is not installed. "
-            f'Install it with: pip install "fxcompress[{extra}]"'
+            f'{purpose} needs the package {package!r}{problem}. Install it with: pip install "fxcompress[{extra}]"'
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import re
@@ -18,6 +17,7 @@ from torch import fx, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
 from fxcompress.engines.formats import Format, format_of
+from fxcompress.engines.installed import require
 from fxcompress.engines.integers import is_quantized, with_integer_weights, without_quantization
 from fxcompress.engines.names import Names, Pieces
 from fxcompress.engines.pieces import PieceCheck, cut_names
@@ -26,7 +26,6 @@ from fxcompress.errors import (
     CaptureError,
     FxCompressError,
     InputError,
-    MissingExtraError,
     VerificationError,
 )
 from fxcompress.ir.emit import INTERFACE, with_signature
@@ -105,8 +104,7 @@ def export(model: nn.Module | Program, path: str | os.PathLike[str], example_inp
     file = Path(path)
     target = format_of(file)
     for package in target.packages:
-        if importlib.util.find_spec(package) is None:
-            raise MissingExtraError(package, target.extra, target.purpose)
+        require(package, target.extra, target.purpose)
     module, interface = _resolve(model, example_inputs)
     with borrowed(module):
         try:
@@ -186,8 +184,10 @@ def _engine(file: Path) -> Iterator[None]:
 
 
 def _rounding(module: nn.Module) -> float:
-    """What an engine may add where weights have 16 bits, by rounding to those elsewhere than the model does."""
+    """What an engine may add where a model computes in 16 bits, by rounding to those elsewhere than the model does."""
+    arguments = (leaf for node in module.graph.nodes for leaf in tree_leaves((node.args, node.kwargs)))
     dtypes = {tensor.dtype for tensor in (*module.parameters(), *module.buffers())}
+    dtypes |= {leaf for leaf in arguments if isinstance(leaf, torch.dtype)}  # what a graph converts to
     return max((TOLERANCES[dtype] for dtype in dtypes & {torch.float16, torch.bfloat16}), default=0.0)
 
 
@@ -253,7 +253,8 @@ def _check_pieces(
             said = f"{file} was not written: in the file, {wrong}; export to another format"
             raise VerificationError(said) from wrong
         expected = _tensors(output)
-        _check(file, left, [expected[index] for index in real], [found[name] for name in left.outputs])
+        given = [found[name] for name in left.outputs]
+        _check(file, left, [expected[index] for index in real], given, rounding=_rounding(module))
 
 
 def _check(

@@ -16,6 +16,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from fxcompress.engines.export import TOLERANCES, is_near
+from fxcompress.engines.installed import require
 from fxcompress.engines.integers import is_quantized, without_quantization
 from fxcompress.errors import ArtifactError, MissingExtraError, VerificationError
 from fxcompress.ir.program import Interface
@@ -41,20 +42,22 @@ def compiled(module: fx.GraphModule, interface: Interface) -> Callable[..., Any]
         function = torch.compile(module, backend="inductor")
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad(), _freezing() if quantized else nullcontext():  # also where a new size compiles anew
-            return function(*args, **kwargs)
+        with _explained(), torch.no_grad(), _freezing() if quantized else nullcontext():
+            return function(*args, **kwargs)  # a new size compiles anew
 
-    with _explained(), seeded():
+    with seeded():
         found = call(*interface.args, **interface.kwargs)
     _check(module, interface, found)
     return call
 
 
 def _register_patterns() -> None:
+    purpose = "A quantized model in Inductor"
+    require("torchao", "inductor", purpose)
     try:
         importlib.import_module(_PATTERNS)
     except ImportError as error:
-        raise MissingExtraError("torchao", "inductor", "A quantized model in Inductor") from error
+        raise MissingExtraError("torchao", "inductor", purpose) from error
 
 
 def _freezing() -> AbstractContextManager[Any]:

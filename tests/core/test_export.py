@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import importlib.util
 import pickle
 
 import numpy as np
@@ -364,17 +363,6 @@ def test_unknown_suffix_lists_the_known_ones(plain, tmp_path):
         fxc.export(plain, tmp_path / "m.tflite")
     with pytest.raises(fxc.InputError, match="no suffix"):
         fxc.export(plain, tmp_path / "m")
-
-
-@pytest.mark.parametrize(
-    ("package", "suffix", "extra"),
-    [("onnxruntime", ".onnx", "onnx"), ("openvino", ".xml", "openvino"), ("executorch", ".pte", "executorch")],
-)
-def test_a_missing_package_gives_the_line_that_mends_it(package, suffix, extra, plain, tmp_path, monkeypatch):
-    real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == package else real(name, *a))
-    with pytest.raises(fxc.MissingExtraError, match=rf'{package}.*pip install "fxcompress\[{extra}\]"'):
-        fxc.export(plain, tmp_path / f"m{suffix}")
 
 
 def test_a_model_that_was_not_traced(tmp_path):
