@@ -71,12 +71,8 @@ def _open_pt2(path: Path, names: Names) -> Run:
     return run
 
 
-def _write_onnxruntime(module: fx.GraphModule, interface: Interface, path: Path, names: Names) -> None:
-    write_onnx(module, interface, path, names)
-    round_biases(path)
-
-
 def _finish_onnxruntime(path: Path) -> None:
+    round_biases(path)
     multiply_integers(path)
     add_hard_sigmoids(path)
 
@@ -88,7 +84,7 @@ FORMATS: Mapping[str, Format] = {
         "Export to ONNX",
         "onnx",
         ("onnx", "onnxscript", "onnxruntime"),
-        _write_onnxruntime,
+        write_onnx,
         open_onnx,
         open_pieces=onnx_pieces,
         finish=_finish_onnxruntime,

@@ -130,3 +130,30 @@ def test_layers_with_real_weights_are_not_written_around(tmp_path):
     path = fxc.export(program, tmp_path / "m.xml").path
     added = [node for node in openvino.Core().read_model(path).get_ops() if node.get_type_name() == "Add"]
     assert len(added) == 2, "the biases of two layers"
+
+
+def test_a_last_layer_whose_bias_has_coarse_steps_in_onnxruntime(tmp_path):
+    """Where nothing ever comes out of a ReLU, its integers have a scale of 1."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    nn.init.constant_(model[0].bias, -100)
+    program = quantized(model, torch.randn(8, 8), "onnxruntime")
+    assert fxc.export(program, tmp_path / "m.onnx").max_relative_error < 1e-2
+
+
+class Multiplied(nn.Module):
+    """A product between two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.factor = nn.Linear(64, 64), nn.Linear(64, 8), nn.Parameter(torch.randn(64, 64))
+
+    def forward(self, x):
+        return self.last(self.first(x) @ self.factor)
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".xml"])
+def test_layers_in_integers_beside_products_in_16_bits(suffix, tmp_path):
+    torch.manual_seed(0)
+    program = fxc.trace(Multiplied().eval(), torch.randn(4, 64))
+    program = fxc.PassManager("quantize-weights,cast").run(program).program
+    assert 1e-4 < fxc.export(program, tmp_path / f"m{suffix}").max_relative_error < 2e-2
