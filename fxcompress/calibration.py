@@ -40,6 +40,8 @@ def calibration_stream(program: Program, task: Task | None, reader: str, count: 
             leaves = program.flatten_batch(args, kwargs)
         except InputError as error:
             error.add_note(f"calibration batch {index}, read by {reader}")
+            if task.inputs is None and isinstance(batch, (tuple, list)):
+                error.add_note("the model is given a batch's first entry; Task.inputs can make its inputs of a batch")
             raise
         yield leaves
     if index < 0:

@@ -123,7 +123,7 @@ class InsertQdq(Transform):
         made = _scale_of_result(root, node, target) if target.rounds_biases else None
         scales = weights.channel_scales(layer, scale, self.weight_bits, not self._vnni, made)
         if self.granularity == "tensor":
-            scales = scales.max().expand_as(scales).contiguous()
+            scales = scales.max().repeat(len(scales))
         weights.quantize_weight(root, layer, lowered(root, layer.operation), scales, self.weight_bits)
         return True
 

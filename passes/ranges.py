@@ -134,9 +134,7 @@ class Ranges(Analysis[RangeReport]):
         batches = calibration_stream(program, task, self.name, self.batches)
         rows = 0
         for index, leaves in enumerate(shown_batches(batches, self.name)):
-            observe.batch = index
-            with torch.no_grad(), seeded():
-                observe.run(*leaves)
+            observe.show(index, leaves)
             rows += _rows(program, leaves)
         if rows < self.least:
             raise InputError(
@@ -162,13 +160,23 @@ class _Observation(fx.Interpreter):
 
     def __init__(self, root: fx.GraphModule, kind: type[Observer], axis: int | None) -> None:
         super().__init__(root)
+        self.extra_traceback = False  # it would be part of our messages
         self._kind, self._axis = kind, axis
-        self.batch = 0
+        self._batch = 0
         self.found: dict[str, list[Observer]] = {}
         self.sliced: set[str] = set()
         self.unbounded: dict[str, None] = {}
         self.empty: dict[str, None] = {}
-        self._nan: dict[int, str] = {}
+        self._first: dict[str, fx.Node] = {}
+
+    def show(self, index: int, leaves: list[Any]) -> None:
+        """Observes what the Program computes on a batch."""
+        self._batch, self._first = index, {}
+        try:
+            with torch.no_grad(), seeded():
+                self.run(*leaves)
+        except (RuntimeError, IndexError) as error:  # torch's operators raise these
+            raise InputError(f"the model fails on calibration batch {index}: {error}; check that batch") from error
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -183,10 +191,9 @@ class _Observation(fx.Interpreter):
             self.empty[node.name] = None
             return
         low, high = (end.item() for end in value.aminmax())
-        if math.isnan(low):
-            self._nan.setdefault(self.batch, node.name)
         if not max(-low, high) < _INFINITE:  # or NaN
             self.unbounded[node.name] = None
+            self._first.setdefault("NaN" if math.isnan(low) else "infinite", node)
             return
         slices = self._slices(node, value)
         if node.name not in self.found:
@@ -195,7 +202,7 @@ class _Observation(fx.Interpreter):
         if len(observers) != len(slices):
             raise InputError(
                 f"{node.name} has {len(observers)} indices along axis {self._axis}, and {len(slices)} on calibration "
-                f"batch {self.batch}; choose an axis that always has the same size"
+                f"batch {self._batch}; choose an axis that always has the same size"
             )
         for each, part in zip(observers, slices, strict=True):
             each.update(part)
@@ -208,12 +215,15 @@ class _Observation(fx.Interpreter):
 
     def _check_outputs(self, outputs: Any) -> None:
         """A model may repair NaN on its way; what comes out of it must be numbers."""
-        first = self._nan.get(self.batch)
-        if first is None:
-            return
+        first = self._first.get("NaN")
         leaves = (leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point())
-        if any(bool(leaf.isnan().any()) for leaf in leaves):
-            raise InputError(
-                f"{first} computes NaN on calibration batch {self.batch}; check that batch, or the weights of the "
-                f"layers before {first}"
-            )
+        if first is None or not any(bool(leaf.isnan().any()) for leaf in leaves):
+            return
+        where, infinite = f"calibration batch {self._batch}", self._first.get("infinite")
+        if first.op == "placeholder":
+            raise InputError(f"{first.name} is NaN on {where}, and so is what the model gives; leave that batch out")
+        cause = f", where {infinite.name} is infinite" if infinite is not None else ""
+        raise InputError(
+            f"{first.name} computes NaN on {where}{cause}; check that batch, or the weights of the layers before "
+            f"{first.name}"
+        )

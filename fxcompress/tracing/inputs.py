@@ -185,10 +185,21 @@ def _flat(interface: Interface, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             )
     if spec != interface.in_spec:
         raise InputError(
-            f"the call has structure {spec}, but the model was traced with {interface.in_spec} "
-            f"(inputs: {', '.join(interface.names)}); call it with that structure or trace it again"
+            f"the call has the inputs {_pictured(leaves, spec)}, but the model was traced with "
+            f"{_pictured(interface.leaves, interface.in_spec)} (inputs: {', '.join(interface.names)}); call it with "
+            "that structure or trace it again"
         )
     return leaves
+
+
+class _Word(str):
+    __repr__ = str.__str__
+
+
+def _pictured(leaves: list[Any], spec: TreeSpec) -> str:
+    words = [_Word("tensor" if isinstance(leaf, torch.Tensor) else reprlib.repr(leaf)) for leaf in leaves]
+    args, kwargs = tree_unflatten(words, spec)
+    return f"(*{args}, **{kwargs})"
 
 
 def _check_leaves(interface: Interface, leaves: list[Any]) -> None:

@@ -116,6 +116,12 @@ def test_granularity_of_weights(granularity, scales):
     assert record.comparison.sqnr_db > 25
 
 
+def test_one_scale_for_one_output_channel():
+    program = trace(nn.Sequential(nn.Linear(4, 1)).eval(), torch.randn(2, 4))
+    manager = PassManager("insert-qdq{granularity=tensor},eliminate-dead")
+    assert manager.run(program, Task(calibration=[torch.randn(8, 4)])).records[0].result.statistics["layers"] == 1
+
+
 @pytest.mark.parametrize(("target", "dtype"), [("x86", torch.uint8), ("executorch", torch.int8)])
 def test_integers_of_other_targets(target, dtype):
     after, record = quantized(residual(), 8, 3, 8, 8, target=target)

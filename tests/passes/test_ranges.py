@@ -165,7 +165,10 @@ def test_infinite_values_are_told_apart():
 def test_nan_names_the_node_and_the_batch():
     data = batches()
     data[2][1, 3] = math.nan
-    with pytest.raises(InputError, match="computes NaN on calibration batch 2"):
+    with pytest.raises(InputError, match="input_1 is NaN on calibration batch 2, and so is"):
+        analyze(program(), "ranges", Task(calibration=data))
+    data[2][1, 3] = math.inf
+    with pytest.raises(InputError, match=r"^_2 computes NaN on calibration batch 2, where input_1 is infinite; check.*$"):
         analyze(program(), "ranges", Task(calibration=data))
     net = trace(Root().eval(), torch.rand(2, 6))
     with pytest.raises(InputError, match="sqrt computes NaN on calibration batch 0"):
@@ -182,6 +185,17 @@ def test_nan_that_does_not_come_out_is_no_error():
     assert report.ranges["nan_to_num"].finite
 
 
+def test_a_batch_that_the_model_fails_on_is_named():
+    class Sum(nn.Module):
+        def forward(self, a, b):
+            return a + b
+
+    two = (torch.randn(2, 6), torch.randn(2, 6))
+    task = Task(calibration=[(two,), ((torch.randn(4, 6), two[1]),)])
+    with pytest.raises(InputError, match=r"^the model fails on calibration batch 1: The size of tensor .*; check that"):
+        analyze(trace(Sum(), two), "ranges", task)
+
+
 def test_no_data_too_little_and_the_wrong_structure():
     with pytest.raises(InputError, match="ranges needs calibration batches: give task="):
         analyze(program(), "ranges")
@@ -191,6 +205,10 @@ def test_no_data_too_little_and_the_wrong_structure():
     with pytest.raises(InputError) as wrong:
         analyze(program(), "ranges", Task(calibration=[*batches(), {"y": torch.randn(2, 6)}]))
     assert "calibration batch 4, read by ranges" in wrong.value.__notes__
+    assert "has the inputs (*(), **{'y': tensor}), but the model was traced with (*(tensor,), **{})" in str(wrong.value)
+    with pytest.raises(InputError) as wrong:
+        analyze(program(), "ranges", Task(calibration=[((torch.randn(2, 6), 1), 0)]))
+    assert any("Task.inputs can make its inputs of a batch" in note for note in wrong.value.__notes__)
     doubled = analyze(program(), "ranges", Task(calibration=[batch.double() for batch in batches()]))
     assert doubled.ranges == analyze(program(), "ranges", Task(calibration=batches())).ranges
     for bad in (torch.ones(2, 6, dtype=torch.uint8), torch.randn(6), torch.randn(2, 5)):
