@@ -40,6 +40,9 @@ from fxcompress.task import Task
 
 aten = torch.ops.aten
 
+_MOST_APART = 16
+"""How many times as much an operand of a join may span as another with the same scale: 4 of 8 bits are left then."""
+
 
 @dataclass(frozen=True)
 class InsertQdq(Transform):
@@ -47,8 +50,8 @@ class InsertQdq(Transform):
 
     Weights become integers per output channel, biases stay as they are, and nothing stands between operators that the
     engine computes as one. Refuses, naming the layer: ``no-integer-kernel``, ``slower-in-integers``,
-    ``computed-weight``, ``empty-weight``, ``constant-operand``, ``not-float32``, ``not-finite``, ``unbounded-range``;
-    and, as a whole, a Program that has such nodes already (``already-quantized``).
+    ``computed-weight``, ``empty-weight``, ``constant-operand``, ``not-float32``, ``not-finite``, ``unbounded-range``,
+    ``ranges-apart``; and, as a whole, a Program that has such nodes already (``already-quantized``).
 
     Attributes:
         target: Engine that will run the model.
@@ -99,6 +102,10 @@ class InsertQdq(Transform):
             refused = {reader: point.source for point in unbounded for reader in point.readers}
             refusals.update({reader.name: _unbounded(reader, source) for reader, source in refused.items()})
             points = Placement(root, target, floating := floating | refused.keys()).points()
+        apart = dict(_apart(Placement(root, target, floating).joined(), ranges))
+        if apart:
+            refusals.update({join.name: refusal for join, refusal in apart.items()})
+            points = Placement(root, target, floating, apart).points()
         for point, parameters in zip(points, _parameters(points, ranges), strict=True):
             integers = quantize_dequantize(point.source, parameters)
             for reader in point.readers:
@@ -173,6 +180,22 @@ def _other_dtype(call: Operation, names: Iterable[str]) -> tuple[str, str] | Non
 def _unbounded(reader: fx.Node, source: fx.Node) -> Refusal:
     reason = f"it reads {source.name}, which is infinite or NaN on calibration batches; no grid holds that"
     return Refusal("unbounded-range", reader.name, reason)
+
+
+def _apart(joined: Mapping[fx.Node, list[fx.Node]], ranges: Mapping[str, Range]) -> Iterator[tuple[fx.Node, Refusal]]:
+    """Joins that would leave an operand few integers if all had one scale."""
+    for join, origins in joined.items():
+        spans = {origin: ranges[origin.name].united(Range(0, 0)).span for origin in origins}
+        spans = {origin: span for origin, span in spans.items() if span}  # any scale is as good for zeros
+        if not spans:
+            continue
+        least, most = min(spans, key=spans.__getitem__), max(spans, key=spans.__getitem__)
+        if spans[most] > _MOST_APART * spans[least]:
+            reason = (
+                f"{most.name} spans {spans[most] / spans[least]:.0f} times as much as {least.name}, to which one scale "
+                "for both would leave few integers; each has its own"
+            )
+            yield join, Refusal("ranges-apart", join.name, reason)
 
 
 def _write_for(target: Target, calls: list[Operation]) -> bool:

@@ -183,7 +183,7 @@ def _engine(file: Path) -> Iterator[None]:
         ) from error
 
 
-def _rounding(module: nn.Module) -> float:
+def _rounding(module: fx.GraphModule) -> float:
     """What an engine may add where a model computes in 16 bits, by rounding to those elsewhere than the model does."""
     arguments = (leaf for node in module.graph.nodes for leaf in tree_leaves((node.args, node.kwargs)))
     dtypes = {tensor.dtype for tensor in (*module.parameters(), *module.buffers())}

@@ -28,7 +28,12 @@ class Range:
     @property
     def finite(self) -> bool:
         """Whether both ends, and the distance between them, are finite in float32."""
-        return math.isfinite(self.low) and math.isfinite(self.high) and self.high - self.low < _LARGEST
+        return math.isfinite(self.low) and math.isfinite(self.high) and self.span < _LARGEST
+
+    @property
+    def span(self) -> float:
+        """Distance of the ends."""
+        return self.high - self.low
 
     def united(self, other: Range) -> Range:
         """The smallest range that holds both."""

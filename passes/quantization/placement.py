@@ -43,10 +43,17 @@ class Placement:
         graph_module: The graph.
         target: The target.
         skipped: Nodes that stay in floating point.
+        apart: Joins whose operands do not get one scale.
     """
 
-    def __init__(self, graph_module: fx.GraphModule, target: Target, skipped: Collection[fx.Node] = ()) -> None:
-        self._target = target
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        target: Target,
+        skipped: Collection[fx.Node] = (),
+        apart: Collection[fx.Node] = (),
+    ) -> None:
+        self._target, self._apart = target, frozenset(apart)
         self._calls: dict[fx.Node, Operation] = {}
         self._constant: set[fx.Node] = set()
         for node in graph_module.graph.nodes:
@@ -76,6 +83,14 @@ class Placement:
             if node in readers
         ]
 
+    def joined(self) -> dict[fx.Node, list[fx.Node]]:
+        """Join -> the points that get one scale because it passes integers through."""
+        return {
+            node: [origin for source in node.all_input_nodes for origin in self._origins(source)]
+            for node, call in self._calls.items()
+            if call.overload in self._target.joins and self._passes(node)
+        }
+
     def _wants(self, user: fx.Node, source: fx.Node) -> bool:
         """Whether a reader takes a value as integers."""
         call = self._calls.get(user)
@@ -101,6 +116,7 @@ class Placement:
         for node, call in self._calls.items():
             sources = [source for source in node.all_input_nodes if self._is_real(source)]
             made = bool(sources) and found.issuperset(sources) and all(map(self._has_integer_readers, sources))
+            made &= node not in self._apart
             carried = call.overload in passing or (call.overload in target.carriers and self._computes(call))
             if (made and carried) or (call.overload in target.layers and self._computes(call)):
                 found.add(node)
@@ -128,7 +144,9 @@ class Placement:
     def _passes(self, node: fx.Node) -> bool:
         """Whether a node hands integers on as they are."""
         call = self._calls.get(node)
-        if call is None or not self._complete(node) or not self._constant.isdisjoint(node.all_input_nodes):
+        if call is None or node in self._apart or not self._complete(node):
+            return False
+        if not self._constant.isdisjoint(node.all_input_nodes):
             return False
         return call.overload in self._target.views | self._target.joins or self._pads_convolutions(call)
 
@@ -172,10 +190,8 @@ class Placement:
         """The points, those that must agree linked."""
         linked: nx.Graph[fx.Node] = nx.Graph()
         linked.add_nodes_from(readers)
-        for node, call in self._calls.items():
-            if call.overload in self._target.joins and self._passes(node):
-                origins = [origin for source in node.all_input_nodes for origin in self._origins(source)]
-                nx.add_path(linked, origins)
+        for origins in self.joined().values():
+            nx.add_path(linked, origins)
         return linked
 
     def _origins(self, node: fx.Node) -> Iterator[fx.Node]:
@@ -201,7 +217,7 @@ class Placement:
                 result = self._result(node)
                 readers[result] = tuple(result.users)
                 sharing.add_node(result)
-            elif call.overload in through:
+            elif call.overload in through and node not in self._apart:
                 readers[node] = tuple(node.users)
                 nx.add_path(sharing, [*sources, node])
 

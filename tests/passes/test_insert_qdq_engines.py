@@ -56,10 +56,18 @@ def quantized(subject, target, **options):
 
 
 def written(program, file):
-    """The file that ``export`` writes, whatever the engine's kernels lose on this machine."""
+    """The file that ``export`` writes first, whatever the engine's kernels lose on this machine."""
     module = with_integer_weights(program.emit())
     args, kwargs = program.interface.args, program.interface.kwargs
     format_of(file).write(module, program.interface, file, tensor_names(program.interface, module(*args, **kwargs)))
+    return file
+
+
+def finished(program, file):
+    """The file that ``export`` keeps."""
+    written(program, file)
+    if format_of(file).finish is not None:
+        format_of(file).finish(file)
     return file
 
 
@@ -67,7 +75,7 @@ def written(program, file):
 @pytest.mark.parametrize("target", ENGINES)
 def test_every_layer_is_computed_in_integers(subject, count, target, tmp_path):
     done = quantized(subject, target)
-    file = written(done.program, tmp_path / f"m.{ENGINES[target]}")
+    file = finished(done.program, tmp_path / f"m.{ENGINES[target]}")
     layers = executed_layers(file)
     attention = sum(layer.operator == "MHA" for layer in layers)  # two products in one where there is AVX-512
     assert len(layers) + attention == count
@@ -118,14 +126,14 @@ class Attention(nn.Module):
 def test_attention_of_which_one_product_is_not(target, skip, all_integer, tmp_path):
     x = torch.randn(8, 12, 64, generator=torch.Generator().manual_seed(0))
     done = quantized(lambda: (with_biases(Attention()), x, None, [x]), target, skip=skip)
-    layers = executed_layers(written(done.program, tmp_path / f"m.{ENGINES[target]}"))
+    layers = executed_layers(finished(done.program, tmp_path / f"m.{ENGINES[target]}"))
     assert (integer_share(layers) == 1) == all_integer
 
 
 @pytest.mark.parametrize("target", ENGINES)
 def test_what_is_skipped_is_not(target, tmp_path):
     done = quantized(convolutions, target, skip=("4",))
-    file = written(done.program, tmp_path / f"m.{ENGINES[target]}")
+    file = finished(done.program, tmp_path / f"m.{ENGINES[target]}")
     assert [layer.integer for layer in executed_layers(file)] == [True] * 6 + [False]
 
 
@@ -176,11 +184,6 @@ def test_gates_and_means_are_computed_in_integers(activation, gates, tmp_path):
     assert found["QLinearSigmoid"] == gates
     assert found["QLinearAveragePool"] == 1
     assert not found.keys() & {"Sigmoid", "Mul", "ReduceMean"}
-
-
-def finished(program, file):
-    format_of(written(program, file)).finish(file)
-    return file
 
 
 def unread(file):
@@ -295,7 +298,7 @@ def class_token():
 def test_what_is_joined_with_state_is_integers_as_a_whole(target, tmp_path):
     done = quantized(class_token, target)
     assert done.records[0].result.statistics["layers"] == 1
-    file = written(done.program, tmp_path / f"m.{ENGINES[target]}")
+    file = finished(done.program, tmp_path / f"m.{ENGINES[target]}")
     assert [layer.integer for layer in executed_layers(file)] == [True]
 
 

@@ -168,7 +168,7 @@ def test_nan_names_the_node_and_the_batch():
     with pytest.raises(InputError, match="input_1 is NaN on calibration batch 2, and so is"):
         analyze(program(), "ranges", Task(calibration=data))
     data[2][1, 3] = math.inf
-    with pytest.raises(InputError, match=r"^_2 computes NaN on calibration batch 2, where input_1 is infinite; check.*$"):
+    with pytest.raises(InputError, match=r"^_2 computes NaN on calibration batch 2, where input_1 is infinite; check"):
         analyze(program(), "ranges", Task(calibration=data))
     net = trace(Root().eval(), torch.rand(2, 6))
     with pytest.raises(InputError, match="sqrt computes NaN on calibration batch 0"):
