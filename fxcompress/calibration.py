@@ -32,7 +32,10 @@ def calibration_stream(program: Program, task: Task | None, reader: str, count: 
     if any(getattr(leaf, "is_meta", False) for leaf in program.interface.leaves):
         raise InputError(f"{reader} computes activations, but the model is on the meta device; load its weights first")
     if task is None or task.calibration is None:
-        raise InputError(f"{reader} needs calibration batches: give task=fxcompress.Task(calibration=[batch, ...])")
+        raise InputError(
+            f"{reader} needs calibration batches: give task=fxcompress.Task(calibration=[batch, ...]), "
+            "or --calibration FILE on the command line"
+        )
     index = -1
     for index, batch in enumerate(itertools.islice(task.calibration, count)):
         args, kwargs = split_call(task.model_inputs(batch))

@@ -12,6 +12,8 @@ from typing import Any
 from torch import fx, nn
 
 from fxcompress import digits
+from fxcompress.cli.calibration import FORMS as CALIBRATION_FORMS
+from fxcompress.cli.calibration import calibration_batches
 from fxcompress.cli.models import LoadedModel
 from fxcompress.cli.options import MODEL_HELP, add, command, loaded, parts_line, traced, traced_or_islands
 from fxcompress.cli.output_folder import output_folder
@@ -85,6 +87,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--epochs", type=int, metavar="N", help=f"epochs of the built-in training (default: {digits.EPOCHS})"
     )
+    parser.add_argument("--calibration", metavar="FILE", help=f"samples for passes that calibrate: {CALIBRATION_FORMS}")
     add(parser, "--batch", "--input", "--seed")
 
 
@@ -119,13 +122,15 @@ def _check(options: argparse.Namespace) -> None:
         raise InputError(f"cannot measure a batch of {options.batch}; give --batch at least 1")
     if options.model and options.epochs is not None:
         raise InputError("--epochs is for the built-in task; leave it out, or leave out MODEL")
-    if not options.model and options.input:
-        raise InputError("--input is for a MODEL; leave it out, or name a model")
+    for name in ("input", "calibration"):
+        if not options.model and getattr(options, name):
+            raise InputError(f"--{name} is for a MODEL; leave it out, or name a model")
 
 
 def _given(options: argparse.Namespace, terminal: Terminal) -> Job:
+    task = Task(calibration=calibration_batches(options.calibration)) if options.calibration else None
     found = loaded(options.model, options, terminal)
-    return Job(found.name, traced_or_islands(found, terminal))
+    return Job(found.name, traced_or_islands(found, terminal), task)
 
 
 def _digits(options: argparse.Namespace, terminal: Terminal) -> Job:
