@@ -40,7 +40,8 @@ LAYERS: Operands = {
     aten.linear.default: ("input",),
 }
 PRODUCTS: Operands = {aten.matmul.default: ("self", "other"), aten.bmm.default: ("self", "mat2")}
-ELEMENTWISE: Operands = {aten.add.Tensor: ("self", "other"), aten.mul.Tensor: ("self", "other")}
+GATED: Operands = {aten.mul.Tensor: ("self", "other")}
+ELEMENTWISE: Operands = {aten.add.Tensor: ("self", "other"), **GATED}
 AVERAGES: Operands = {aten.avg_pool2d.default: ("self",), aten.adaptive_avg_pool2d.default: ("self",)}
 MEANS: Operands = {**AVERAGES, aten.mean.dim: ("self",)}
 NORMS: Operands = {aten.batch_norm.default: ("input",)}
@@ -108,7 +109,9 @@ class Target:
         fused: Activations and norms that are computed with the operator before them.
         views: Operators that pass integers through.
         joins: Operators that pass integers through if all operands have one scale and zero point.
-        closed: Operators whose integer kernels also give integers, to all who read the result.
+        closed: Operators whose integer kernels also give integers, to all who read the result. Not sums, which are then
+            computed in floating point: a stream would be rounded each time that something is added to it, also for
+            norms that read it in floating point, on behalf of the one that wants integers.
         grid: The integers that values become.
         factor: The integers that the second factor of a product becomes.
         splits_attention: Whether attention must be written as products for the engine to find them.
@@ -182,7 +185,7 @@ TARGETS: Mapping[str, Target] = {
         fused=CLAMPS,
         views=VIEWS,
         joins=_CAT,
-        closed=frozenset({*CONVOLUTIONS, *ELEMENTWISE, *AVERAGES}),
+        closed=frozenset({*CONVOLUTIONS, *GATED, *AVERAGES}),
         factor=_SYMMETRIC,
         gates={aten.silu.default: aten.sigmoid.default, aten.hardswish.default: aten.hardsigmoid.default},
         pools_means=True,
@@ -206,7 +209,7 @@ TARGETS: Mapping[str, Target] = {
         fused=CLAMPS,
         views=VIEWS,
         joins=_CAT,
-        closed=frozenset({*LAYERS, *ELEMENTWISE, *MEANS}),
+        closed=frozenset({*LAYERS, *GATED, *MEANS}),
         grid=_SIGNED,
         factor=_SIGNED,
         splits_attention=False,

@@ -67,3 +67,29 @@ def test_joins_of_several_scales_run(target, suffix, tmp_path):
     torch.manual_seed(0)
     program = quantized(Joined(100), torch.randn(8, 3, 8, 8), target)
     assert fxc.export(program, tmp_path / f"m{suffix}").max_relative_error < 0.05
+
+
+class Stream(nn.Module):
+    """Sums whose results a layer and a norm read, and at the end a layer alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+        self.norms = nn.ModuleList(nn.GroupNorm(1, 8) for _ in range(2))
+        self.layers = nn.ModuleList(nn.Conv2d(8, 8, 1) for _ in range(4))
+
+    def forward(self, x):
+        x = self.stem(x)
+        for norm, first, second in zip(self.norms, self.layers[::2], self.layers[1::2], strict=True):
+            x = x + first(norm(x)) + second(x)
+        return self.last(x)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_stream_that_is_also_read_in_floating_point_is_not_rounded_at_each_sum(target):
+    after = quantized(Stream(), torch.randn(8, 3, 8, 8), target)
+    (norm,) = (node for node in after.nodes if node.name == "norms_1")
+    (last,) = (node for node in after.nodes if node.name == "last")
+    assert [source.name for source in norm.all_input_nodes][:1] == ["add_1"]
+    assert "dequantize" in last.all_input_nodes[0].name
+    assert any("quantize" in user.name for user in norm.all_input_nodes[0].users), "a layer reads it too"
