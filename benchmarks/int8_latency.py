@@ -40,7 +40,7 @@ from fxcompress.engines.latency import Latency, measure
 ENGINES = {"openvino": (".xml", nncf_quantized), "onnxruntime": (".onnx", onnxruntime_quantized)}
 COLUMNS = ("network", "batch", "engine", "eager ms", "float ms", "peer ms", "ours ms", "over eager", "over float",
            "over peer", "int8 layers", "peer int8", "cosine")  # fmt: skip
-OPENINGS = 4
+OPENINGS = 8
 """How often each file is opened anew: where a session's memory lies stays with it, and is worth some percent."""
 MOST_ROUNDS = 15
 """Rounds at most for each opening."""
