@@ -93,7 +93,8 @@ class InsertQdq(Transform):
         refusals = {refusal.node: refusal for refusal in _objections(root, target)}
         floating = skipped(program.nodes, self.skip) | {node for node in program.nodes if node.name in refusals}
         rewritten = _write_for(target, [call for call in operations(root) if call.node not in floating])
-        points = Placement(root, target, floating).points()
+        placement = Placement(root, target, floating)
+        points = placement.points()
         if not points:
             return PassResult(rewritten, tuple(refusals.values()), {"layers": 0, "activations": 0})
         analysis = Ranges(self.observer, self.batches, self.least, symmetric=target.grid.symmetric)
@@ -101,9 +102,9 @@ class InsertQdq(Transform):
         while unbounded := [point for point in points if not ranges[point.source.name].finite]:
             refused = {reader: point.source for point in unbounded for reader in point.readers}
             refusals.update({reader.name: _unbounded(reader, source) for reader, source in refused.items()})
-            points = Placement(root, target, floating := floating | refused.keys()).points()
-        apart = dict(_apart(Placement(root, target, floating).joined(), ranges))
-        if apart:
+            placement = Placement(root, target, floating := floating | refused.keys())
+            points = placement.points()
+        if apart := dict(_apart(placement.joined(), ranges)):
             refusals.update({join.name: refusal for join, refusal in apart.items()})
             points = Placement(root, target, floating, apart).points()
         for point, parameters in zip(points, _parameters(points, ranges), strict=True):

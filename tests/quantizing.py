@@ -1,9 +1,13 @@
 """What the tests of quantized files share."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
 import fxcompress as fxc
+from fxcompress.engines import export
+from fxcompress.engines.formats import FORMATS
 
 ENGINES = {"onnxruntime": ".onnx", "openvino": ".xml"}
 
@@ -13,6 +17,31 @@ def quantized(model, x, target, options=""):
     program = fxc.trace(model.eval(), x)
     pipeline = f"fold-batchnorm,insert-qdq{{target={target} {options}}}"
     return fxc.PassManager(pipeline).run(program, fxc.Task(calibration=[x])).program
+
+
+def spoil_weights(monkeypatch, change):
+    """Files are written with other integers for the first weight."""
+    right = export.with_integer_weights
+
+    def wrong(module):
+        made = right(module)
+        name, integers = next((name, value) for name, value in made.named_buffers() if value.dtype == torch.int8)
+        path, _, leaf = name.rpartition(".")
+        setattr(made.get_submodule(path), leaf, change(integers))
+        return made
+
+    monkeypatch.setattr(export, "with_integer_weights", wrong)
+
+
+def spoil_engine(monkeypatch, suffix, factor):
+    """The engine of a format gives that many times what is right."""
+    real = FORMATS[suffix]
+
+    def open_broken(path, names):
+        run = real.open(path, names)
+        return lambda tensors: [value * factor for value in run(tensors)]
+
+    monkeypatch.setitem(FORMATS, suffix, replace(real, open=open_broken))
 
 
 class Joined(nn.Module):

@@ -74,7 +74,7 @@ def _explained() -> Iterator[None]:
     except Exception as error:  # those of dynamo, inductor and the C++ compiler share no base class
         reason = str(error).strip().partition("\n")[0]
         raise ArtifactError(
-            f"inductor cannot compile the model: {type(error).__name__}: {reason}; "
+            f"inductor cannot compile or run the model: {type(error).__name__}: {reason}; "
             "install a C++ compiler such as g++, or choose another engine"
         ) from error
 

@@ -108,8 +108,23 @@ def test_inductor_is_checked(program, model, monkeypatch):
         raise RuntimeError("no compiler\nand more")
 
     monkeypatch.setattr(torch, "compile", broken)
-    with pytest.raises(fxc.ArtifactError, match="inductor cannot compile the model: RuntimeError: no compiler; in"):
+    with pytest.raises(fxc.ArtifactError, match="cannot compile or run the model: RuntimeError: no compiler; in"):
         fxc.compile(program, "inductor")
+
+
+def test_a_size_that_inductor_cannot_compile_later_is_explained(program, monkeypatch):
+    def compile_one_size(module, *, backend):
+        def run(x, scale):
+            if len(x) == 5:
+                raise TypeError("no such size")
+            return module(x, scale)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile_one_size)
+    fast = fxc.compile(program, "inductor")
+    with pytest.raises(fxc.ArtifactError, match="cannot compile or run the model: TypeError: no such size; "):
+        fast(torch.randn(5, 6), torch.rand(5, 4))
 
 
 def test_emitted_and_other_modules_are_taken(program, model):

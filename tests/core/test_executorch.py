@@ -1,16 +1,13 @@
 """ExecuTorch: what its files can grow to, which kernels they run, what is refused; more is in ``test_export``."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from models import BERT_INPUTS, residual_net, small_bert, small_vit
+from quantizing import spoil_engine, spoil_weights
 from torch import nn
 
 import fxcompress as fxc
-from fxcompress.engines import export
 from fxcompress.engines.executed import executed_layers
-from fxcompress.engines.formats import FORMATS
 
 pytest.importorskip("executorch")
 
@@ -96,29 +93,15 @@ def off_by_a_third(integers):
 
 @pytest.mark.parametrize("change", [rows_exchanged, off_by_a_third])
 def test_integers_of_weights_that_are_off_are_not_written(change, tmp_path, monkeypatch):
-    def wrong(module):
-        made = right(module)
-        name, integers = next((name, value) for name, value in made.named_buffers() if value.dtype == torch.int8)
-        path, _, leaf = name.rpartition(".")
-        setattr(made.get_submodule(path), leaf, change(integers))
-        return made
-
-    right = export.with_integer_weights
     program = convolutions()
-    monkeypatch.setattr(export, "with_integer_weights", wrong)
+    spoil_weights(monkeypatch, change)
     with pytest.raises(fxc.VerificationError, match="differs from the model by"):
         fxc.export(program, tmp_path / "m.pte")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_engine_that_is_off_is_refused(tmp_path, monkeypatch):
-    real = FORMATS[".pte"]
-
-    def open_broken(path, names):
-        run = real.open(path, names)
-        return lambda tensors: [value * 1.1 for value in run(tensors)]
-
-    monkeypatch.setitem(FORMATS, ".pte", replace(real, open=open_broken))  # type: ignore[arg-type]
+    spoil_engine(monkeypatch, ".pte", 1.1)
     with pytest.raises(fxc.VerificationError, match=r"an SQNR of .*Quantize for another target"):
         fxc.export(convolutions(), tmp_path / "m.pte")
     assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,6 @@
 """Quantized files are right piece by piece, and engines stay near them."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import onnx
@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import residual_net
 from onnx import numpy_helper
-from quantizing import ENGINES, quantized
+from quantizing import ENGINES, quantized, spoil_engine, spoil_weights
 from torch import nn
 
 import fxcompress as fxc
@@ -255,27 +255,13 @@ def test_a_file_that_is_off_a_little_is_not_written(bug, target, programs, right
 
 
 def test_integers_of_weights_that_are_off(programs, tmp_path, monkeypatch):
-    def wrong(module):
-        made = export_integers(module)
-        name, integers = next((name, value) for name, value in made.named_buffers() if value.dtype == torch.int8)
-        path, _, leaf = name.rpartition(".")
-        setattr(made.get_submodule(path), leaf, integers.roll(1, 0))
-        return made
-
-    export_integers = export.with_integer_weights
-    monkeypatch.setattr(export, "with_integer_weights", wrong)
+    spoil_weights(monkeypatch, lambda integers: integers.roll(1, 0))
     with pytest.raises(fxc.VerificationError, match="in the file, "):
         fxc.export(programs["onnxruntime"], tmp_path / "m.onnx")
 
 
 def test_an_engine_that_is_off_is_told_from_a_file_that_is(programs, tmp_path, monkeypatch):
-    real = FORMATS[".onnx"]
-
-    def open_broken(path, names):
-        run = real.open(path, names)
-        return lambda tensors: [value * 1.05 for value in run(tensors)]
-
-    monkeypatch.setitem(FORMATS, ".onnx", replace(real, open=open_broken))  # type: ignore[arg-type]
+    spoil_engine(monkeypatch, ".onnx", 1.05)
     with pytest.raises(fxc.VerificationError, match=r"The file is right, but the engine's integer kernels are not"):
         fxc.export(programs["onnxruntime"], tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []
