@@ -22,6 +22,17 @@ class Sum(nn.Module):
     def forward(self, image, shift):
         return self.conv(image) + shift[:, None, None, None]
 
+class Parts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 8, 3)), nn.Linear(8, 4)
+
+    def forward(self, images):
+        return [self.head(row) for row in self.body(images).mean((2, 3)) if row.sum() > -100]
+
+def parts():
+    return Parts(), torch.randn(2, 3, 8, 8)
+
 def one():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)), torch.randn(2, 3, 8, 8)
@@ -49,6 +60,14 @@ def test_batches_of_one_input(folder):
     batches = calibration_batches("images.npy")
     assert [len(batch) for batch in batches] == [16, 4]
     assert torch.equal(torch.cat(batches), torch.from_numpy(samples))
+
+
+def test_parts_of_a_model_calibrate_on_what_it_calls_them_with(folder):
+    np.save(folder / "images.npy", np.random.randn(20, 3, 8, 8).astype(np.float32))
+    pipeline = ["--pipeline", "insert-qdq{target=onnxruntime}"]
+    assert main(["compress", "nets.py:parts", *pipeline, "--calibration", "images.npy", "-o", "out"]) == 0
+    (inserted,) = json.loads((folder / "out" / "report.json").read_text())["passes"]
+    assert inserted["statistics"]["layers"] == 3
 
 
 def test_batches_of_inputs_by_name(folder):
